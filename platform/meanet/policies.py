@@ -1,0 +1,82 @@
+"""The policies that a cascade is compared with: main-only, edge-only, cloud-only, the authors' threshold, an oracle."""
+
+import numpy as np
+from scipy.stats import norm
+
+from meanet.energy import CostModel
+from meanet.routing import Exit, Policy, Routed, read_main, route
+from meanet.thresholds import Exits, Outcome, outcome, replay
+
+CORRECT_WEIGHT = 0.7
+"""w of the authors' formula: both of their published thresholds follow from it."""
+
+
+def authors_threshold(exits: Exits) -> float:
+    """Threshold by the authors' formula on the main exit's entropy, nats (MEANet's released code).
+
+    Entropy is taken as Exponential(m_c) of right answers and Normal(m_w, s_w) of wrong ones; the threshold maximises
+    w * (1 - exp(-t / m_c)) - (1 - w) * Phi((t - m_w) / s_w) over t in 0.1..1.9.
+    """
+    main = read_main(exits.main_logits, Policy())
+    right = main.pred == exits.labels
+    finite = np.isfinite(main.entropy)
+    mean_right = float(main.entropy[right & finite].mean()) if (right & finite).any() else 1.0
+    wrong = main.entropy[~right & finite]
+    mean_wrong, std_wrong = (float(wrong.mean()), float(wrong.std())) if len(wrong) else (1.0, 1.0)
+    return best_threshold(mean_right, mean_wrong, max(std_wrong, 1e-6))
+
+
+def best_threshold(mean_right: float, mean_wrong: float, std_wrong: float) -> float:
+    """The authors' formula on its three moments, each in nats."""
+    grid = np.linspace(0.1, 1.9, 181)
+    gain = CORRECT_WEIGHT * (1 - np.exp(-grid / mean_right))
+    loss = (1 - CORRECT_WEIGHT) * norm.cdf((grid - mean_wrong) / std_wrong)
+    return float(grid[np.argmax(gain - loss)])
+
+
+def baselines(exits: Exits, costs: CostModel, authors: float) -> dict[str, Outcome]:
+    """The report's policies other than the operating point, over one split.
+
+    Args:
+        exits: the split to report on.
+        costs: joules.
+        authors: the authors' threshold, found on validation.
+    """
+    count = exits.num_samples
+    cloud = Routed(np.full(count, int(Exit.CLOUD)), exits.cloud_pred)
+    return {
+        "main_only": replay(exits, costs, Policy()),
+        "edge_only": replay(exits, costs, Policy(hard_classes=exits.hard_classes)),
+        "cloud_only": outcome(exits, costs, cloud, main_runs=False),
+        "authors_threshold": replay(exits, costs, Policy(thresholds=(authors,), hard_classes=exits.hard_classes)),
+        "oracle": outcome(exits, costs, oracle(exits)),
+    }
+
+
+def oracle(exits: Exits) -> Routed:
+    """Each sample by the cheapest exit that is right, and by the main exit where none is."""
+    main = route(exits.main_logits, exits.extension_logits, exits.cloud_pred, Policy())
+    edge = route(exits.main_logits, exits.extension_logits, exits.cloud_pred, Policy(hard_classes=exits.hard_classes))
+    main_right, edge_right = main.pred == exits.labels, edge.pred == exits.labels
+    cloud_right = exits.cloud_pred == exits.labels
+    choice = np.select([main_right, edge_right, cloud_right], [Exit.MAIN, Exit.EXTENSION, Exit.CLOUD], Exit.MAIN)
+    pred = np.choose(choice, [main.pred, edge.pred, exits.cloud_pred])
+    return Routed(choice.astype(np.int64), pred)
+
+
+def routing_efficiency(exits: Exits, policy: Policy) -> float | None:
+    """(gate - random) / (oracle - random) in accuracy, all at the policy's own cloud share.
+
+    Random sends that share whatever the sample; the oracle sends first those that only the cloud gets right.
+    None where the share leaves nothing to choose (no sample or every sample goes).
+    """
+    routed = route(exits.main_logits, exits.extension_logits, exits.cloud_pred, policy)
+    edge = route(exits.main_logits, exits.extension_logits, exits.cloud_pred, policy.with_request(edge_only=True))
+    edge_right, cloud_right = edge.pred == exits.labels, exits.cloud_pred == exits.labels
+    gain = cloud_right.astype(float) - edge_right
+    sent = int((routed.exit == Exit.CLOUD).sum())
+    random = edge_right.mean() + sent / exits.num_samples * gain.mean()
+    best = edge_right.mean() + np.sort(gain)[::-1][:sent].sum() / exits.num_samples
+    if best - random < 1e-12:
+        return None
+    return float(((routed.pred == exits.labels).mean() - random) / (best - random))

@@ -1,0 +1,93 @@
+"""From bytes to what a network takes. Stored with the weights, so that training and serving cannot differ.
+
+Shape letters: N images, H height, W width, C channels.
+"""
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from meanet.data.table import ImageTable
+from meanet.errors import UserError
+
+_MODES = {1: "L", 3: "RGB"}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """The image that a model takes, and how its pixels are scaled."""
+
+    height: int
+    """Pixels."""
+    width: int
+    """Pixels."""
+    channels: int
+    """1 = grey, 3 = RGB."""
+    mean: tuple[float, ...]
+    """By channel, of pixels in 0..1."""
+    std: tuple[float, ...]
+    """By channel, of pixels in 0..1."""
+
+    @staticmethod
+    def of(train: ImageTable) -> "Preprocessing":
+        """The preprocessing that training images call for: their size, their channel statistics."""
+        _, height, width, channels = train.images.shape
+        mean, std = train.channel_statistics()
+        return Preprocessing(height, width, channels, mean, tuple(max(value, 1e-6) for value in std))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.channels, self.height, self.width
+
+    def normalise(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """(N, H, W, C) bytes -> (N, C, H, W) floats of mean 0 and deviation 1."""
+        scale = 1 / (255 * np.asarray(self.std, dtype=np.float32))
+        shift = np.asarray(self.mean, dtype=np.float32) / np.asarray(self.std, dtype=np.float32)
+        normal = images.astype(np.float32) * scale - shift
+        return np.ascontiguousarray(normal.transpose(0, 3, 1, 2))
+
+    def decode(self, data: bytes) -> NDArray[np.uint8]:
+        """PNG or JPEG bytes -> (H, W, C). The header is checked before a pixel is decoded.
+
+        Raises:
+            UserError: not a whole PNG or JPEG, or not of this model's size and channels.
+        """
+        if not data:
+            raise UserError("the image is empty: send the bytes of a PNG or JPEG file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            try:
+                with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+                    self._check(image)
+                    pixels = np.asarray(image, dtype=np.uint8)
+            except UserError:
+                raise
+            except Exception as error:  # Pillow's decoders raise many kinds: each means that the bytes are no image
+                raise UserError(
+                    f"the {len(data)} bytes are no readable PNG or JPEG image: {type(error).__name__}"
+                ) from error
+        return pixels.reshape(self.height, self.width, self.channels)
+
+    def _check(self, image: Image.Image) -> None:
+        if image.size != (self.width, self.height):
+            raise UserError(
+                f"the image is {image.size[0]}x{image.size[1]} pixels and this model takes {self.width}x{self.height}: "
+                "resize it before sending"
+            )
+        if image.mode != _MODES.get(self.channels):
+            raise UserError(
+                f"the image has mode {image.mode} and this model takes {self.channels} channel(s), 8 bits each "
+                f"(mode {_MODES.get(self.channels)}): convert it before sending"
+            )
+
+
+def encode_png(image: NDArray[np.uint8]) -> bytes:
+    """(H, W, C) -> the PNG bytes that a device would send."""
+    buffer = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()

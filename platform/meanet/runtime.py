@@ -1,0 +1,160 @@
+"""A trained model as an edge device executes it: conditional and batched. One pass of the main block; the extension
+runs only on the samples that go on; the complex ones are handed back for the cloud.
+
+Shape letters: N samples, C classes, H hard classes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from meanet.artifact import TrainedModel, load
+from meanet.routing import (
+    Exit,
+    Floats,
+    Ints,
+    Policy,
+    Reading,
+    first_exit,
+    is_hard,
+    read,
+    read_extension,
+    read_main,
+    settle,
+)
+
+Images = NDArray[np.uint8]
+
+
+@dataclass
+class Answers:
+    """What N samples were answered; filled in place as exits answer."""
+
+    exit: Ints
+    """(N,) `Exit` values; CLOUD marks a sample that still waits for the cloud."""
+    pred: Ints
+    """(N,) class ids."""
+    confidence: Floats
+    """(N,) 0..1, of the answer."""
+    entropy: Floats
+    """(N,) nats, of the main exit: what the gate saw."""
+    extended: NDArray[np.bool_]
+    """(N,) whether adaptive and extension blocks ran."""
+
+    def accept(self, rows: Ints, exit_: Exit, reading: Reading) -> None:
+        """Take an exit's answers for these rows."""
+        self.exit[rows], self.pred[rows], self.confidence[rows] = exit_, reading.pred, reading.confidence
+
+
+class EdgeRuntime:
+    """Main, adaptive and extension blocks in one process."""
+
+    def __init__(self, model: TrainedModel) -> None:
+        self.model = model
+        self._meanet = model.networks.meanet
+
+    @torch.inference_mode()
+    def run(self, images: Images, policy: Policy) -> tuple[Answers, "Pending"]:
+        """Answer what the edge may answer of (N, H, W, C) images; the others wait in `Pending`."""
+        tensor = torch.from_numpy(self.model.preprocessing.normalise(images))
+        features, logits = self._meanet.main(tensor)
+        main = read_main(logits.numpy(), policy)
+        exits = first_exit(main, policy)
+        answers = Answers(
+            exits.copy(), main.pred.copy(), main.confidence.copy(), main.entropy, np.zeros(len(images), dtype=bool)
+        )
+        pending = Pending(tensor, features, main, np.flatnonzero(exits == Exit.CLOUD))
+        self._extend(np.flatnonzero(exits == Exit.EXTENSION), pending, answers, policy)
+        return answers, pending
+
+    @torch.inference_mode()
+    def finish(self, answers: Answers, pending: "Pending", policy: Policy) -> None:
+        """The cloud cannot be had: give the waiting samples the edge's best answer (steps 2 and 3 of the rule)."""
+        rows = pending.rows
+        hard = is_hard(pending.main.take(rows), policy)
+        answers.accept(rows[~hard], Exit.MAIN, pending.main.take(rows[~hard]))
+        self._extend(rows[hard], pending, answers, policy)
+
+    def _extend(self, rows: Ints, pending: "Pending", answers: Answers, policy: Policy) -> None:
+        if not len(rows):
+            return
+        index = torch.from_numpy(rows)
+        logits = self._meanet.path(pending.images.index_select(0, index), pending.features.index_select(0, index))
+        settled = settle(pending.main.take(rows), read_extension(logits.numpy(), policy))
+        answers.accept(rows, Exit.EXTENSION, settled)
+        answers.extended[rows] = True
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Samples that wait for the cloud, and what the edge needs should it not answer."""
+
+    images: Tensor
+    """(N, C, H, W) of the whole batch."""
+    features: Tensor
+    """(N, F, h, w) of the whole batch."""
+    main: Reading
+    """Of the whole batch."""
+    rows: Ints
+    """Which samples wait."""
+
+
+class CloudRuntime:
+    """The cloud's network."""
+
+    def __init__(self, model: TrainedModel) -> None:
+        self._preprocessing = model.preprocessing
+        self._cloud = model.networks.cloud
+
+    def run(self, images: Images) -> Reading:
+        """Answers for (N, H, W, C) images."""
+        return read(self.logits(images))
+
+    @torch.inference_mode()
+    def logits(self, images: Images) -> NDArray[np.float32]:
+        """(N, num_classes) of (N, H, W, C) images."""
+        logits: NDArray[np.float32] = self._cloud(torch.from_numpy(self._preprocessing.normalise(images))).numpy()
+        return logits
+
+
+class Cascade:
+    """Edge and cloud in one process, as a registered model answers in plain Python."""
+
+    def __init__(self, model: TrainedModel) -> None:
+        self.model = model
+        self._edge, self._cloud = EdgeRuntime(model), CloudRuntime(model)
+
+    def classify(self, images: Images, policy: Policy | None = None) -> Answers:
+        """Answers for (N, H, W, C) images, by the model's own operating point unless told otherwise."""
+        policy = policy or self.model.policy
+        answers, pending = self._edge.run(images, policy)
+        if len(pending.rows):
+            answers.accept(pending.rows, Exit.CLOUD, self._cloud.run(images[pending.rows]))
+        return answers
+
+    def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> Any:
+        """MLflow's contract: a frame with a column `image` of PNG or JPEG bytes -> a frame of answers."""
+        import pandas as pd
+
+        decode = self.model.preprocessing.decode
+        images = np.stack([decode(data) for data in model_input["image"]])
+        answers = self.classify(images)
+        return pd.DataFrame(
+            {
+                "class_id": answers.pred,
+                "class_name": [self.model.class_names[class_id] for class_id in answers.pred],
+                "exit": [Exit(value).label for value in answers.exit],
+                "confidence": answers.confidence,
+                "entropy": answers.entropy,
+            }
+        )
+
+
+def _load_pyfunc(data_path: str) -> Cascade:
+    """MLflow's loader contract: called by `mlflow.pyfunc.load_model` with the artifact's folder."""
+    return Cascade(load(Path(data_path)))
