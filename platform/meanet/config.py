@@ -156,10 +156,13 @@ class EnergyConfig:
 class OperatingPointConfig:
     """How the operating point is chosen on validation."""
 
-    max_accuracy_loss_vs_cloud: float = 0.0
-    """How far validation accuracy may fall below cloud-only's, 0..1 (0.005 = half a point)."""
+    max_accuracy_loss_vs_cloud: float = 0.005
+    """How far accuracy may fall below cloud-only's, 0..1 (0.005 = half a point)."""
+    confidence: float = 0.95
+    """How sure validation must make us of that, 0.5..1 (one-sided; 0.5 takes the estimate as it is)."""
 
     def __post_init__(self) -> None:
+        _require(0.5 <= self.confidence < 1, f"confidence is {self.confidence}: it must lie in 0.5..1, 1 excluded")
         loss = self.max_accuracy_loss_vs_cloud
         _require(0 <= loss <= 1, f"max_accuracy_loss_vs_cloud is {loss}: it is a share, 0..1 (0.005 = half a point)")
 

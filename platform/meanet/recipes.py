@@ -14,7 +14,7 @@ def digits() -> Recipe:
         model=ModelConfig(
             stem_width=8,
             main=(StageConfig(width=8, blocks=1, stride=2),),
-            main_pool=4,
+            main_pool=2,
             adaptive_stem_width=8,
             adaptive=(StageConfig(width=8, blocks=1, stride=2),),
             extension=(StageConfig(width=32, blocks=2),),

@@ -1,0 +1,248 @@
+"""The training loop on Ray Train: the only home of ray in meanet.
+
+All phases run inside one `fit()`, so that the worker group is started once. Every epoch is reported with a checkpoint;
+after a worker's death the group starts again from the last registered one.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray._raylet import AuthenticationTokenLoader, Config
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, prepare_model
+from torch import nn
+
+from meanet import data
+from meanet.config import Recipe
+from meanet.errors import UserError
+from meanet.loop import Epoch, State, Worker
+from meanet.training import Trainer
+
+OnEvent = Callable[[dict[str, Any]], None]
+_OBJECT_STORE_BYTES = 200 * 2**20
+_STATE = "state.pt"
+_MAX_FAILURES = 3
+
+
+@contextlib.contextmanager
+def ray_cluster(address: str | None) -> Iterator[str]:
+    """A cluster to run on: the one at `address`, or a local one on free ports that ends with the block.
+
+    Yields:
+        The address under which other processes join it.
+
+    Raises:
+        UserError: no cluster answers at `address`.
+    """
+    with contextlib.ExitStack() as stack:
+        if address is None:
+            stack.enter_context(_local_token())
+            folder = Path(tempfile.mkdtemp(prefix="meanet-ray-"))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            options: dict[str, Any] = {
+                "address": "local",
+                "include_dashboard": False,
+                "object_store_memory": _OBJECT_STORE_BYTES,
+                "_temp_dir": str(folder),
+            }
+        else:
+            options = {"address": address}
+        try:
+            context = ray.init(log_to_driver=False, logging_level="ERROR", namespace="meanet", **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"no Ray cluster can be used at {address or 'this machine'} ({str(error).splitlines()[0]}): start one "
+                "with `ray start --head`, or unset RAY_ADDRESS to run locally"
+            ) from error
+        stack.callback(ray.shutdown)
+        yield str(context.address_info["gcs_address"])
+
+
+@contextlib.contextmanager
+def _local_token() -> Iterator[None]:
+    """Token authentication with a 0600 file of our own; Ray's default writes a world-readable one."""
+    if os.environ.get("RAY_AUTH_MODE"):
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="meanet-token-") as folder:
+        path = Path(folder) / "token"
+        path.touch(mode=0o600)
+        path.write_text(secrets.token_hex(32))
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(path))
+        _read_authentication_again()
+        try:
+            yield
+        finally:
+            del os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN_PATH"]
+            _read_authentication_again()
+
+
+def _read_authentication_again() -> None:
+    """`import ray` has read mode and token already; config first, as ray's own tests do it."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+class _Mailbox:
+    """Carries events from the workers, wherever they run, to the driver."""
+
+    def __init__(self) -> None:
+        self._events: list[dict[str, Any]] = []
+
+    def put(self, event: dict[str, Any]) -> None:
+        self._events.append(event)
+
+    def take(self) -> list[dict[str, Any]]:
+        events, self._events = self._events, []
+        return events
+
+
+class _RayWorker:
+    """A Ray Train worker as the loop sees it."""
+
+    def __init__(self, mailbox: Any) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self._mailbox = mailbox
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        wrapped: nn.Module = prepare_model(module)
+        return wrapped
+
+    def synchronise(self, module: nn.Module) -> None:
+        if self.world_size > 1:
+            for buffer in module.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
+    def report(self, row: Epoch, state: State) -> None:
+        metrics = asdict(row)
+        if self.rank:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            save_state(state, Path(folder))
+            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+        self.send({"event": "epoch", **metrics})
+
+    def send(self, event: dict[str, Any]) -> None:
+        """Tell the driver; rank 0 only."""
+        if self.rank == 0:
+            ray.get(self._mailbox.put.remote(event))
+
+
+def _train_loop(config: dict[str, Any]) -> None:
+    recipe = Recipe.from_dict(config["recipe"])
+    table = data.load(recipe.data.source)
+    splits = data.divide(table, recipe.data, recipe.seed)
+    checkpoint = ray.train.get_checkpoint()
+    state = load_state(checkpoint) if checkpoint else None
+    worker = _RayWorker(config["mailbox"])
+    worker.send(
+        {
+            "event": "start",
+            "pid": os.getpid(),
+            "workers": worker.world_size,
+            "phase": state.phase if state else 0,
+            "epoch": state.epoch if state else 0,
+            "resumed": state is not None,
+        }
+    )
+    loop_worker: Worker = worker
+    Trainer(recipe, splits, loop_worker, state).run()
+
+
+def save_state(state: State, folder: Path) -> None:
+    """Write a state as tensors and JSON types."""
+    torch.save(asdict(state), folder / _STATE)
+
+
+def load_state(checkpoint: Checkpoint) -> State:
+    """Read a state; `weights_only` refuses anything that would unpickle code."""
+    with checkpoint.as_directory() as folder:
+        return State(**torch.load(Path(folder) / _STATE, weights_only=True))
+
+
+def default_workers() -> int:
+    """One worker per two CPUs of the cluster, at least one."""
+    return max(1, int(ray.cluster_resources().get("CPU", 1)) // 2)
+
+
+def train(recipe: Recipe, storage: str, name: str, num_workers: int | None, on_event: OnEvent) -> State:
+    """Train all phases on the connected cluster; the same name and storage go on where they stopped.
+
+    Args:
+        recipe: what to train.
+        storage: absolute path or s3:// that every node can write.
+        name: the run's name below `storage`.
+        num_workers: data-parallel workers; `default_workers()` if None.
+        on_event: called in this process with `start` and `epoch` events as they arrive.
+
+    Raises:
+        UserError: more workers than CPUs; or training failed for good.
+    """
+    workers = num_workers or default_workers()
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    if workers > cpus:
+        raise UserError(f"{workers} workers asked for and the cluster has {cpus} CPUs: lower --workers or add nodes")
+    mailbox = ray.remote(_Mailbox).options(num_cpus=0).remote()
+    trainer = TorchTrainer(
+        _train_loop,
+        train_loop_config={"recipe": recipe.to_dict(), "mailbox": mailbox},
+        scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": min(2, cpus // workers)}),
+        run_config=RunConfig(
+            name=name,
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=_MAX_FAILURES, controller_failure_limit=_MAX_FAILURES),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    with _forward(mailbox, on_event):
+        try:
+            result = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise UserError(f"training failed after {_MAX_FAILURES} restarts: {_root_cause(error)}") from error
+    assert result.checkpoint is not None, "a finished run has a checkpoint"
+    return load_state(result.checkpoint)
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _forward(mailbox: Any, on_event: OnEvent) -> Iterator[None]:
+    """Hand the mailbox's events to `on_event` in a thread, and the last ones at the end."""
+    done = threading.Event()
+
+    def drain() -> None:
+        with contextlib.suppress(ray.exceptions.RayError):  # a lost mailbox costs the live view, never the run
+            for event in ray.get(mailbox.take.remote()):
+                on_event(event)
+
+    def follow() -> None:
+        while not done.wait(0.3):
+            drain()
+
+    thread = threading.Thread(target=follow, name="meanet-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        drain()
+        ray.kill(mailbox)

@@ -1,0 +1,268 @@
+"""Runs, the model registry and its aliases: the only home of mlflow.
+
+Every call names its run and its store; nothing here touches MLflow's global state. The registered model is `meanet`:
+`candidate` is the newest version, `champion` the one that the server loads.
+"""
+
+import contextlib
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import mlflow
+import mlflow.pyfunc
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, Metric, Param
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, Schema
+
+from meanet import artifact
+from meanet.artifact import TrainedModel
+from meanet.data import ImageTable
+from meanet.errors import UserError
+
+MODEL = "meanet"
+EXPERIMENT = "meanet"
+CANDIDATE, CHAMPION = "candidate", "champion"
+_PREVIOUS = "previous_champion"
+_MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+
+
+def embedded_store(root: Path) -> str:
+    """The tracking URI of a SQLite store below this folder; artifacts lie beside it."""
+    return f"sqlite:///{root.absolute() / 'mlflow.db'}"
+
+
+class Tracker:
+    """One MLflow store.
+
+    Raises:
+        UserError: it cannot be reached or written.
+    """
+
+    def __init__(self, uri: str) -> None:
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        self.uri = uri
+        self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        _check_reachable(uri)
+        try:
+            self._experiment_id = self._experiment()
+        except (MlflowException, OSError) as error:
+            raise UserError(
+                f"the MLflow store {uri} cannot be used: {_first_line(error)}; check MLFLOW_TRACKING_URI"
+            ) from error
+
+    def _experiment(self) -> str:
+        found = self._client.get_experiment_by_name(EXPERIMENT)
+        if found:
+            return str(found.experiment_id)
+        folder = _sqlite_folder(self.uri)
+        location = (folder / "artifacts").as_uri() if folder else None
+        return str(self._client.create_experiment(EXPERIMENT, artifact_location=location))
+
+    # Runs
+
+    def start_run(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str], parent: str | None = None) -> str:
+        """A new run; returns its id. With `parent`, nested below that run."""
+        nested = {"mlflow.parentRunId": parent} if parent else {}
+        run = self._client.create_run(self._experiment_id, tags={**tags, **nested}, run_name=name)
+        rows = [Param(key, str(value)[:6000]) for key, value in flatten(params)]
+        for start in range(0, len(rows), 100):
+            self._client.log_batch(run.info.run_id, params=rows[start : start + 100])
+        return str(run.info.run_id)
+
+    def end_run(self, run_id: str, status: str = "FINISHED") -> None:
+        """Close a run: FINISHED, FAILED or KILLED."""
+        self._client.set_terminated(run_id, status)
+
+    def log_steps(self, run_id: str, rows: Iterable[tuple[int, Mapping[str, float]]]) -> None:
+        """(step, metrics) rows, in batches; a step logged twice keeps its last value."""
+        now = int(time.time() * 1000)
+        points = [Metric(key, float(value), now, step) for step, row in rows for key, value in row.items()]
+        for start in range(0, len(points), 500):
+            self._client.log_batch(run_id, metrics=points[start : start + 500])
+
+    def log_dataset(self, run_id: str, table: ImageTable) -> None:
+        """The data set that a run used, with its digest and shape."""
+        schema = {"images": list(table.images.shape), "classes": list(table.class_names)}
+        dataset = Dataset(
+            name=table.source,
+            digest=table.digest[:36],
+            source_type="meanet",
+            source=json.dumps({"uri": table.source, "sha256": table.digest}),
+            schema=json.dumps(schema),
+        )
+        self._client.log_inputs(run_id, [DatasetInput(dataset)])
+
+    def log_file(self, run_id: str, path: Path, folder: str | None = None) -> None:
+        """Keep a local file as the run's artifact."""
+        self._client.log_artifact(run_id, str(path), folder)
+
+    # Registry
+
+    def register(self, model: TrainedModel, run_id: str) -> int:
+        """Store a model with its operating point as a new version, alias `candidate`; returns the version.
+
+        The version is an MLflow pyfunc: `mlflow.pyfunc.load_model("models:/meanet@champion")` answers PNG or JPEG
+        bytes in plain Python. It brings this library's code; its weights are safetensors.
+        """
+        point_id = model.policy and (model.operating_point or {})["id"]
+        with tempfile.TemporaryDirectory() as folder:
+            package = Path(folder) / "package"
+            _save_pyfunc(artifact.save(model, Path(folder) / "model"), package)
+            place = f"model-{point_id}"
+            self._client.log_artifacts(run_id, str(package), place)
+        with contextlib.suppress(MlflowException):  # it exists
+            self._client.create_registered_model(MODEL)
+        source = f"{self._client.get_run(run_id).info.artifact_uri}/{place}"
+        tags = {"recipe": model.recipe.name, "operating_point": point_id, "data_digest": model.data_digest}
+        version = self._client.create_model_version(MODEL, source, run_id, tags=tags)
+        self._client.set_registered_model_alias(MODEL, CANDIDATE, version.version)
+        return int(version.version)
+
+    def version_of(self, reference: str) -> int:
+        """The version that a number or an alias (`champion`) names.
+
+        Raises:
+            UserError: there is none.
+        """
+        try:
+            if reference.isdigit():
+                return int(self._client.get_model_version(MODEL, reference).version)
+            return int(self._client.get_model_version_by_alias(MODEL, reference).version)
+        except MlflowException as error:
+            if error.error_code not in _MISSING:
+                raise
+            kind = "version" if reference.isdigit() else "alias"
+            raise UserError(
+                f"model {MODEL!r} has no {kind} {reference!r} in {self.uri}: it has {self._known()}; "
+                "register one with jobs.train, and promote it with jobs.promote VERSION"
+            ) from error
+
+    def _known(self) -> str:
+        versions = self._client.search_model_versions(f"name = '{MODEL}'")
+        return ", ".join(f"version {v.version}" for v in versions) or "no versions"
+
+    def download(self, version: int) -> TrainedModel:
+        """The model of a version."""
+        uri = self._client.get_model_version_download_uri(MODEL, str(version))
+        with tempfile.TemporaryDirectory() as folder:
+            path = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder, tracking_uri=self.uri)
+            return artifact.load(Path(path) / "data" / "model")
+
+    def run_of(self, version: int) -> str:
+        """The run that made a version."""
+        return str(self._client.get_model_version(MODEL, str(version)).run_id)
+
+    def promote(self, version: int, *, force: bool = False) -> int | None:
+        """Make a version the champion; returns the version that it replaces, if any.
+
+        Raises:
+            UserError: the champion is of another recipe and `force` is not set.
+        """
+        current = self._champion()
+        ours = self._client.get_model_version(MODEL, str(version))
+        if current and current.tags.get("recipe") != ours.tags.get("recipe") and not force:
+            raise UserError(
+                f"the champion (version {current.version}) is of recipe {current.tags.get('recipe')!r} and version "
+                f"{version} of {ours.tags.get('recipe')!r}: add --force to replace it all the same"
+            )
+        if current and int(current.version) == version:
+            return version
+        if current:
+            self._client.set_model_version_tag(MODEL, str(version), _PREVIOUS, current.version)
+        self._client.set_registered_model_alias(MODEL, CHAMPION, str(version))
+        return int(current.version) if current else None
+
+    def rollback(self) -> tuple[int, int]:
+        """Give the alias back to the version before; returns (from, to).
+
+        Raises:
+            UserError: there is no champion, or it replaced none.
+        """
+        current = self._champion()
+        if current is None:
+            raise UserError(f"model {MODEL!r} has no champion in {self.uri}: nothing to roll back")
+        previous = current.tags.get(_PREVIOUS)
+        if previous is None:
+            raise UserError(f"version {current.version} replaced no other champion: promote a version by its number")
+        self._client.set_registered_model_alias(MODEL, CHAMPION, previous)
+        return int(current.version), int(previous)
+
+    def _champion(self) -> ModelVersion | None:
+        try:
+            return self._client.get_model_version_by_alias(MODEL, CHAMPION)
+        except MlflowException as error:
+            if error.error_code in _MISSING:
+                return None
+            raise
+
+
+def _save_pyfunc(folder: Path, package: Path) -> None:
+    signature = ModelSignature(
+        inputs=Schema([ColSpec(DataType.binary, "image")]),
+        outputs=Schema(
+            [
+                ColSpec(DataType.long, "class_id"),
+                ColSpec(DataType.string, "class_name"),
+                ColSpec(DataType.string, "exit"),
+                ColSpec(DataType.double, "confidence"),
+                ColSpec(DataType.double, "entropy"),
+            ]
+        ),
+    )
+    code = package.parent / "meanet"
+    shutil.copytree(Path(__file__).parent, code, ignore=shutil.ignore_patterns("__pycache__"))
+    mlflow.pyfunc.save_model(
+        str(package),
+        loader_module="meanet.runtime",
+        data_path=str(folder),
+        code_paths=[str(code)],
+        signature=signature,
+        pip_requirements=["torch", "numpy", "pandas", "pillow", "safetensors", "scipy", "pydantic", "mlflow-skinny"],
+    )
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested parameters as dotted names."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _sqlite_folder(uri: str) -> Path | None:
+    return Path(uri.removeprefix("sqlite:///")).parent if uri.startswith("sqlite:///") else None
+
+
+def _check_reachable(uri: str) -> None:
+    """Fail in seconds, not after MLflow's minutes of retries."""
+    folder = _sqlite_folder(uri)
+    if folder:
+        from meanet.storage import writable_directory
+
+        writable_directory(folder)
+    if urlsplit(uri).scheme in ("http", "https"):
+        import httpx
+
+        try:
+            httpx.get(f"{uri.rstrip('/')}/health", timeout=5).raise_for_status()
+        except httpx.HTTPError as error:
+            raise UserError(
+                f"the MLflow server {uri} does not answer ({type(error).__name__}): start it, or change "
+                "MLFLOW_TRACKING_URI (unset it for the embedded store)"
+            ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

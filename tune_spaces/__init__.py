@@ -1,0 +1,1 @@
+"""Search spaces as functions: recipes of what may vary, no logic."""
