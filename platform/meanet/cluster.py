@@ -153,8 +153,7 @@ def _train_loop(config: dict[str, Any]) -> None:
             "event": "start",
             "pid": os.getpid(),
             "workers": worker.world_size,
-            "phase": state.phase if state else 0,
-            "epoch": state.epoch if state else 0,
+            "epochs_done": len(state.history) if state else 0,
             "resumed": state is not None,
         }
     )

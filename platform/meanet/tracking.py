@@ -28,6 +28,7 @@ from meanet import artifact
 from meanet.artifact import TrainedModel
 from meanet.data import ImageTable
 from meanet.errors import UserError
+from meanet.operating_point import policy_id
 
 MODEL = "meanet"
 EXPERIMENT = "meanet"
@@ -36,9 +37,9 @@ _PREVIOUS = "previous_champion"
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
-def embedded_store(root: Path) -> str:
-    """The tracking URI of a SQLite store below this folder; artifacts lie beside it."""
-    return f"sqlite:///{root.absolute() / 'mlflow.db'}"
+def store_uri(configured: str | None) -> str:
+    """The configured tracking URI, or the embedded store: SQLite in outputs/mlflow, artifacts beside it."""
+    return configured or f"sqlite:///{Path('outputs/mlflow/mlflow.db').absolute()}"
 
 
 class Tracker:
@@ -91,6 +92,14 @@ class Tracker:
         for start in range(0, len(points), 500):
             self._client.log_batch(run_id, metrics=points[start : start + 500])
 
+    def logged_steps(self, run_id: str, key: str) -> set[int]:
+        """The steps at which a run already has a metric."""
+        return {metric.step for metric in self._client.get_metric_history(run_id, key)}
+
+    def log_text(self, run_id: str, text: str, name: str) -> None:
+        """Keep a text as the run's artifact."""
+        self._client.log_text(run_id, text, name)
+
     def log_dataset(self, run_id: str, table: ImageTable) -> None:
         """The data set that a run used, with its digest and shape."""
         schema = {"images": list(table.images.shape), "classes": list(table.class_names)}
@@ -115,7 +124,7 @@ class Tracker:
         The version is an MLflow pyfunc: `mlflow.pyfunc.load_model("models:/meanet@champion")` answers PNG or JPEG
         bytes in plain Python. It brings this library's code; its weights are safetensors.
         """
-        point_id = model.policy and (model.operating_point or {})["id"]
+        point_id = policy_id(model.policy)
         with tempfile.TemporaryDirectory() as folder:
             package = Path(folder) / "package"
             _save_pyfunc(artifact.save(model, Path(folder) / "model"), package)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from meanet.class_split import class_precision, hardest_classes
 from meanet.config import Recipe
 from meanet.data import Splits
+from meanet.energy import Macs, cost_model
 from meanet.feeds import ResidentFeed
 from meanet.loop import PHASES, Phase, PhaseRunner, State, Worker
 from meanet.models import CloudNet, MEANet
@@ -45,16 +46,23 @@ def build_networks(recipe: Recipe, image_shape: tuple[int, int, int], num_classe
         return Networks(meanet, CloudNet(recipe.model, image_shape, num_classes))
 
 
-class Trainer:
-    """All phases of one recipe over one data set.
+def check(recipe: Recipe, splits: Splits) -> None:
+    """Find a user's mistakes before a worker starts.
 
     Raises:
-        UserError: the class split asks for no class or for all of them; networks that do not fit the images.
+        UserError: the class split asks for no class or for all of them; networks that do not fit the images; profiles
+            that do not exist.
     """
+    recipe.split.check(splits.table.num_classes)
+    build_networks(recipe, Preprocessing.of(splits.table.take(splits.train)).image_shape, splits.table.num_classes)
+    cost_model(recipe.energy, Macs(0, 0, 0, 0))
+
+
+class Trainer:
+    """All phases of one recipe over one data set; `check` them first."""
 
     def __init__(self, recipe: Recipe, splits: Splits, worker: Worker, state: State | None = None) -> None:
         table = splits.table
-        recipe.split.check(table.num_classes)
         self.recipe, self.splits, self.worker = recipe, splits, worker
         self.state = state or State(recipe.to_dict())
         self.preprocessing = Preprocessing.of(table.take(splits.train))

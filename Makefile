@@ -1,0 +1,55 @@
+# Each target sets up $(VENV) first: pinned dependencies once per set of pins, then this checkout itself.
+VENV   ?= .venv
+PYTHON ?= python3
+ARGS   ?=
+
+PINS   := $(shell cat constraints.txt pyproject.toml | sha256sum | cut -c1-16)
+HERE   := $(shell printf '%s' '$(CURDIR)' | sha256sum | cut -c1-16)
+DEPS   := $(VENV)/.dependencies-$(PINS)
+READY  := $(VENV)/.installed-$(PINS)-$(HERE)
+RUN    := $(VENV)/bin/python
+
+.PHONY: demo test check lint types serve mlflow bench clean
+.DEFAULT_GOAL := demo
+
+demo: $(READY)
+	$(RUN) -m jobs.demo digits $(ARGS)
+
+test: $(READY) lint types
+	$(RUN) -m pytest $(ARGS)
+
+check: test
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+types: $(READY)
+	$(RUN) -m mypy
+
+serve: $(READY)
+	@exec $(RUN) -m serve_apps $(ARGS)
+
+mlflow: $(READY)
+	MLFLOW_DISABLE_TELEMETRY=true $(VENV)/bin/mlflow server --host 127.0.0.1 --port 5000 \
+	    --backend-store-uri sqlite:///$(CURDIR)/outputs/mlflow/mlflow.db $(ARGS)
+
+bench: $(READY)
+	$(RUN) -m benchmarks.digits_seeds $(ARGS)
+
+clean:
+	rm -rf outputs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(DEPS): constraints.txt pyproject.toml
+	$(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip setuptools
+	@echo "installing dependencies (about 6 GB once unpacked; minutes)"
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[dev]' \
+	    | grep -v -e 'already satisfied' -e '^Collecting' -e '^  Downloading' -e '^  Using cached' || true
+	$(VENV)/bin/python -m pip check
+	touch $@
+
+$(READY): $(DEPS)
+	@rm -f $(VENV)/.installed-*
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@

@@ -1,0 +1,40 @@
+"""Lines for a person: what is going on, and how long it will take."""
+
+import sys
+import time
+from typing import Any
+
+
+def say(text: str) -> None:
+    """One line of progress, on standard error: standard output is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class TrainingProgress:
+    """Prints each epoch with the time that is left, by the mean pace of the run's own epochs."""
+
+    def __init__(self, total_epochs: int) -> None:
+        self._total, self._done, self._seen = total_epochs, 0, 0
+        self._started: float | None = None
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Show an event of `meanet.cluster.train`."""
+        if event["event"] == "start":
+            self._start(event)
+        else:
+            self._epoch(event)
+
+    def _start(self, event: dict[str, Any]) -> None:
+        self._started, self._seen, self._done = time.monotonic(), 0, event["epochs_done"]
+        verb = "resumed from the last checkpoint" if event["resumed"] else "started"
+        say(f"  {event['workers']} worker(s) {verb}, pid {event['pid']}, {self._done} of {self._total} epochs done")
+
+    def _epoch(self, event: dict[str, Any]) -> None:
+        self._seen += 1
+        self._done += 1
+        pace = (time.monotonic() - (self._started or time.monotonic())) / self._seen
+        left = max(0.0, pace * (self._total - self._done))
+        say(
+            f"  {event['phase']:<9} epoch {event['epoch']:>3}/{event['epochs']:<3} loss {event['loss']:.4f}  "
+            f"validation {event['validation_accuracy']:.4f}  left {int(left // 60)}:{int(left % 60):02d}"
+        )

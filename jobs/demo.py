@@ -1,0 +1,149 @@
+"""The whole life of a model, from images to HTTP answers: `python -m jobs.demo digits` (or `make demo`).
+
+train -> evaluate -> sweep -> register and promote -> serve, every test image over HTTP -> report. Interrupted, the same
+command goes on after the last finished stage; finished, it is a new run.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs import _cli, _progress, _server
+from jobs._run import RunFolder
+from jobs.evaluate import evaluate
+from jobs.sweep import sweep
+from jobs.train import load_splits, train
+from meanet import artifact, cluster, plots, report
+from meanet.config import Recipe
+from meanet.errors import UserError, exit_on_user_error
+from meanet.evaluation import ExitsTable
+from meanet.operating_point import Search
+from meanet.storage import write_text
+from meanet.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Train, search, register, serve, classify the test split over HTTP, and report."""
+
+    recipe: _cli.RecipeFlags
+    """The recipe's own fields."""
+    output: Path = Path("outputs/demo")
+    """The run's folder."""
+    workers: int | None = None
+    """Data-parallel workers; one per two CPUs of the cluster if not given."""
+    storage: str | None = None
+    """Where checkpoints go: a path or s3:// that every node can write; the run's folder if not given."""
+    json: bool = False
+    """Print report.json instead of the table."""
+
+
+class Demo:
+    """The stages, each skipped if an earlier attempt has finished it."""
+
+    def __init__(self, flags: Flags, environment: _cli.Environment) -> None:
+        self.flags, self.environment = flags, environment
+        self.recipe: Recipe = flags.recipe
+        self.run = RunFolder.begin(flags.output, self.recipe, environment.tracking_uri, goal="report")
+        self.tracker = Tracker(environment.tracking_uri)
+
+    def all_stages(self) -> dict[str, Any]:
+        """Run what is left; returns the report."""
+        with cluster.ray_cluster(self.environment.ray_address) as address:
+            if not self.run.done("train"):
+                with self.run.stage("train"):
+                    train(self.run, self.recipe, self.tracker, self.flags.workers, self.flags.storage)
+            table = self._evaluate()
+            found = self._sweep(table)
+            if not self.run.done("register"):
+                with self.run.stage("register"):
+                    self._register(found)
+            if not self.run.done("serve"):
+                with self.run.stage("serve"):
+                    self._serve(table, found, address)
+        with self.run.stage("report"):
+            result = self._report(table, found)
+        return result
+
+    def _evaluate(self) -> ExitsTable:
+        if self.run.done("evaluate"):
+            return ExitsTable.read(self.run.exits)
+        with self.run.stage("evaluate"):
+            return evaluate(self.run, artifact.load(self.run.model))
+
+    def _sweep(self, table: ExitsTable) -> Search:
+        """Milliseconds, so done again on resuming: the same table gives the same point."""
+        with self.run.stage("sweep"):
+            found = sweep(table, "all_gates", self.recipe.operating_point, self.run.record.mlflow_run)
+            write_text(json.dumps(found.chosen, indent=2), self.run.root / "operating_point.json")
+            _progress.say(f"  {found.points} operating points compared on validation in {found.seconds:.2f} s")
+            return found
+
+    def _register(self, found: Search) -> None:
+        model = artifact.load(self.run.model).with_operating_point(found.chosen)
+        version = self.tracker.register(model, self._mlflow_run)
+        self.tracker.promote(version, force=True)  # the demo's own store, or the user's word: it replaces the champion
+        self.run.record.version = version
+        _progress.say(f"  meanet version {version} is candidate, then champion")
+
+    def _serve(self, table: ExitsTable, found: Search, address: str) -> None:
+        version = self.run.record.version
+        assert version is not None, "register comes before serve"
+        splits = load_splits(self.recipe)
+        with _server.serving(version, address, self.run.root, self.environment.tracking_uri) as url:
+            http = _server.classify_all(url, splits, table, found)
+        self.run.record.http = http
+        _progress.say(f"  {http['images']} test images over HTTP, {http['mismatches']} unlike the exits table")
+        if http["mismatches"]:
+            raise UserError(f"{http['mismatches']} answers over HTTP differ from the exits table: {http['examples']}")
+
+    def _report(self, table: ExitsTable, found: Search) -> dict[str, Any]:
+        root = self.run.root
+        files = {name: str(root / name) for name in ("report.json", "report.html", "exits.parquet", "model")}
+        facts = report.Facts(self.recipe.seed, _cli.commit(), dict(self.run.record.seconds), files)
+        result = report.build(table, found, facts)
+        result["http"], result["model_version"] = self.run.record.http, self.run.record.version
+        report.write(root, result, table, found)
+        self._log(result, table, found)
+        return result
+
+    def _log(self, result: dict[str, Any], table: ExitsTable, found: Search) -> None:
+        for policy, figures in result["policies"].items():
+            row = {"accuracy": figures["accuracy"], "cloud_share": figures["share"]["cloud"]}
+            row["joules"] = sum(figures["joules"].values())
+            self.tracker.log_steps(self._mlflow_run, [(0, {f"test/{policy}/{k}": v for k, v in row.items()})])
+        for name, figure in plots.all_figures(result, table, found).items():
+            path = plots.save_png(figure, self.run.root / f"{name}.png")
+            self.tracker.log_file(self._mlflow_run, path, "plots")
+            path.unlink()
+        for name in ("report.json", "report.html", "exits.parquet", "operating_point.json"):
+            self.tracker.log_file(self._mlflow_run, self.run.root / name)
+        self.tracker.end_run(self._mlflow_run)
+
+    @property
+    def _mlflow_run(self) -> str:
+        run = self.run.record.mlflow_run
+        assert run is not None, "training has a run"
+        return run
+
+
+@exit_on_user_error
+def main() -> None:
+    """Command-line entry."""
+    environment = _cli.Environment.read()
+    flags = _cli.parse_recipe("demo", Flags)
+    flags = dataclasses.replace(flags, output=flags.output.absolute())
+    result = Demo(flags, environment).all_stages()
+    if flags.json:
+        print(json.dumps(result))
+        return
+    print(f"\n{report.text_table(result)}\n\n{report.summary(result)}\n")
+    print(f"report:  {flags.output / 'report.html'}  (and report.json)")
+    print("more:    make serve   serves this model over HTTP")
+    print("         make mlflow  shows every run, metric and model version")
+
+
+if __name__ == "__main__":
+    main()

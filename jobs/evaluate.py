@@ -1,0 +1,68 @@
+"""Run every network of a trained model once: `python -m jobs.evaluate digits` writes the exits table."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs import _cli
+from jobs._run import RunFolder
+from jobs.train import load_splits
+from meanet import artifact, storage
+from meanet.artifact import TrainedModel
+from meanet.errors import UserError, exit_on_user_error
+from meanet.evaluation import ExitsTable, exits_table
+from meanet.policies import authors_threshold, baselines
+from meanet.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Evaluate the model in the run's folder on validation and test."""
+
+    recipe: _cli.RecipeFlags
+    """Names the recipe; the model's own stored config is what is evaluated."""
+    output: Path | None = None
+    """The run's folder; outputs/RECIPE if not given."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def evaluate(run: RunFolder, model: TrainedModel) -> ExitsTable:
+    """The evaluation stage: the exits table in the run's folder.
+
+    Raises:
+        UserError: the data is not what the model was trained on.
+    """
+    splits = load_splits(model.recipe)
+    if splits.table.digest != model.data_digest:
+        raise UserError(
+            f"the data of {model.recipe.data.source!r} is not what this model was trained on (digest "
+            f"{splits.table.digest[:12]}, then {model.data_digest[:12]}): train again, or restore the data"
+        )
+    table = exits_table(model, splits)
+    storage.write_parquet(table, run.exits)
+    return ExitsTable(table, run.exits)
+
+
+@exit_on_user_error
+def main() -> None:
+    """Command-line entry."""
+    environment = _cli.Environment.read()
+    flags = _cli.parse_recipe("evaluate", Flags)
+    run = RunFolder.open(flags.output or Path("outputs") / flags.recipe.name, flags.recipe.name, environment.tracking_uri)
+    with run.stage("evaluate"):
+        table = evaluate(run, artifact.load(run.model))
+    if run.record.mlflow_run:
+        Tracker(environment.tracking_uri).log_file(run.record.mlflow_run, run.exits)
+    outcomes = baselines(table.exits("test"), table.costs, authors_threshold(table.exits("validation")))
+    accuracy = {name: outcome.accuracy for name, outcome in outcomes.items()}
+    if flags.json:
+        print(json.dumps({"exits": str(run.exits), "split": "test", "accuracy": accuracy}))
+        return
+    for name, value in accuracy.items():
+        print(f"{name:<18} test accuracy {value:.2%}")
+    print(f"exits table: {run.exits}\nnext:        python -m jobs.sweep {run.exits}")
+
+
+if __name__ == "__main__":
+    main()

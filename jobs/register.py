@@ -1,0 +1,61 @@
+"""Register a trained model with its operating point: `python -m jobs.register outputs/digits` -> a new version."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from jobs import _cli
+from meanet import artifact
+from meanet.errors import UserError, exit_on_user_error
+from meanet.routing import Policy
+from meanet.tracking import MODEL, Tracker
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Register the model in a run's folder as a new version of `meanet`, alias `candidate`."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """The run's folder: it holds model/ and operating_point.json."""
+    operating_point: Path | None = None
+    """Another operating point for the same weights; the folder's own if not given."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def read_operating_point(path: Path) -> dict[str, object]:
+    """An operating point that `jobs.sweep` wrote.
+
+    Raises:
+        UserError: the file is missing or no operating point.
+    """
+    try:
+        point: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no readable operating point ({error}): write one with jobs.sweep") from error
+    Policy.from_dict(point)
+    return point
+
+
+@exit_on_user_error
+def main() -> None:
+    """Command-line entry."""
+    environment = _cli.Environment.read()
+    flags = _cli.parse("register", Flags)
+    model = artifact.load(flags.folder / "model")
+    point = read_operating_point(flags.operating_point or flags.folder / "operating_point.json")
+    tracker = Tracker(environment.tracking_uri)
+    run = tracker.start_run(f"register-{model.recipe.name}", {}, {"recipe": model.recipe.name, "commit": _cli.commit()})
+    version = tracker.register(model.with_operating_point(point), run)
+    tracker.end_run(run)
+    if flags.json:
+        print(json.dumps({"model": MODEL, "version": version, "alias": "candidate"}))
+    else:
+        print(f"{MODEL} version {version}, alias candidate; next: python -m jobs.promote {version}")
+
+
+if __name__ == "__main__":
+    main()

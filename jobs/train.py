@@ -1,0 +1,145 @@
+"""Train a recipe's phases on Ray Train: `python -m jobs.train digits --workers 2 --main.epochs 30`.
+
+Joins the cluster in RAY_ADDRESS or starts a local one. Run again after an interruption, it goes on where it stopped.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs import _cli, _progress
+from jobs._run import RunFolder
+from meanet import artifact, cluster, data
+from meanet.artifact import TrainedModel
+from meanet.config import Recipe
+from meanet.data import Splits
+from meanet.errors import UserError, exit_on_user_error
+from meanet.loop import State
+from meanet.tracking import Tracker
+from meanet.training import check
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Train main, extension and cloud, and keep the model in the run's folder."""
+
+    recipe: _cli.RecipeFlags
+    """The recipe's own fields."""
+    output: Path | None = None
+    """The run's folder; outputs/RECIPE if not given."""
+    workers: int | None = None
+    """Data-parallel workers; one per two CPUs of the cluster if not given."""
+    storage: str | None = None
+    """Where checkpoints go: a path or s3:// that every node can write; the run's folder if not given."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def train(run: RunFolder, recipe: Recipe, tracker: Tracker, workers: int | None, storage: str | None) -> TrainedModel:
+    """The training stage, on the connected cluster."""
+    splits = load_splits(recipe)
+    check(recipe, splits)
+    if run.record.mlflow_run is None:
+        run.record.mlflow_run = tracker.start_run(f"{recipe.name}-{run.record.id}", recipe.to_dict(), _tags(run))
+        tracker.log_dataset(run.record.mlflow_run, splits.table)
+        run.save()
+    log = _PhaseLog(run, recipe, tracker)
+    total = recipe.main.epochs + recipe.extension.epochs + recipe.cloud.epochs
+    show = _progress.TrainingProgress(total)
+    place = storage or str((run.root / "train").absolute())
+    state = cluster.train(recipe, place, run.record.id, workers, _both(show, log.on_event))
+    log.complete(state)
+    model = artifact.from_state(state, splits)
+    artifact.save(model, run.model)
+    return model
+
+
+def load_splits(recipe: Recipe) -> Splits:
+    """The recipe's images, divided by its seed."""
+    return data.divide(data.load(recipe.data.source), recipe.data, recipe.seed)
+
+
+def _tags(run: RunFolder) -> dict[str, str]:
+    return {"recipe": run.record.recipe, "commit": _cli.commit(), "run_folder": run.record.id}
+
+
+def _both(*listeners: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    def on_event(event: dict[str, Any]) -> None:
+        for listener in listeners:
+            listener(event)
+
+    return on_event
+
+
+class _PhaseLog:
+    """A nested MLflow run per phase. A store that fails in mid-run costs the live view, not the training:
+
+    `complete` logs from the final state whatever is not there yet.
+    """
+
+    def __init__(self, run: RunFolder, recipe: Recipe, tracker: Tracker) -> None:
+        self._run, self._tracker = run, tracker
+        self._params = {name: recipe.to_dict()[name] for name in ("main", "extension", "cloud")}
+        self._failed = False
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        """Log an epoch as it arrives."""
+        if event["event"] != "epoch" or self._failed:
+            return
+        try:
+            self._log(event["phase"], [event])
+        except Exception as error:  # MLflow's client raises many kinds
+            self._failed = True
+            _progress.say(f"  MLflow does not answer ({type(error).__name__}): metrics follow when training is over")
+
+    def complete(self, state: State) -> None:
+        """Log what is missing, and close the phases' runs."""
+        for phase in self._params:
+            rows = [row for row in state.history if row["phase"] == phase]
+            known = self._tracker.logged_steps(self._run_id(phase), "loss")
+            self._log(phase, [row for row in rows if row["epoch"] not in known])
+            self._tracker.end_run(self._run_id(phase))
+        parent = self._run.record.mlflow_run
+        assert parent is not None, "training has a run"
+        self._tracker.log_text(parent, json.dumps(state.class_precision), "class_precision.json")
+
+    def _log(self, phase: str, rows: list[dict[str, Any]]) -> None:
+        names = ("loss", "validation_accuracy", "learning_rate", "seconds")
+        self._tracker.log_steps(self._run_id(phase), [(row["epoch"], {n: row[n] for n in names}) for row in rows])
+
+    def _run_id(self, phase: str) -> str:
+        runs = self._run.record.phase_runs
+        if phase not in runs:
+            parent = self._run.record.mlflow_run
+            runs[phase] = self._tracker.start_run(phase, self._params[phase], {"phase": phase}, parent)
+            self._run.save()
+        return runs[phase]
+
+
+@exit_on_user_error
+def main() -> None:
+    """Command-line entry."""
+    environment = _cli.Environment.read()
+    flags = _cli.parse_recipe("train", Flags)
+    recipe = flags.recipe
+    if flags.workers is not None and flags.workers < 1:
+        raise UserError(f"--workers is {flags.workers}: it must be 1 or more")
+    output = flags.output or Path("outputs") / recipe.name
+    run = RunFolder.begin(output, recipe, environment.tracking_uri, goal="train")
+    tracker = Tracker(environment.tracking_uri)
+    with cluster.ray_cluster(environment.ray_address), run.stage("train"):
+        model = train(run, recipe, tracker, flags.workers, flags.storage)
+    assert run.record.mlflow_run is not None, "training has a run"
+    tracker.end_run(run.record.mlflow_run)
+    result = {"model": str(run.model), "hard_classes": list(model.hard_classes), "mlflow_run": run.record.mlflow_run}
+    if flags.json:
+        print(json.dumps(result))
+    else:
+        print(f"model: {run.model}   hard classes, hardest first: {list(model.hard_classes)}")
+        print(f"next:  python -m jobs.evaluate {recipe.name} --output {run.root}")
+
+
+if __name__ == "__main__":
+    main()

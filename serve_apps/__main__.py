@@ -1,0 +1,109 @@
+"""Serve the champion until Ctrl-C: `python -m serve_apps` (or `make serve`).
+
+Runs on the cluster in RAY_ADDRESS, or on a local one of its own.
+"""
+
+import errno
+import json
+import os
+import signal
+import socket
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import tyro
+from ray import serve
+from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.schema import LoggingConfig
+
+from meanet.cluster import ray_cluster
+from meanet.errors import UserError, exit_on_user_error
+from meanet.storage import write_text
+from meanet.tracking import store_uri
+from serve_apps.graph import AppArgs, app
+
+NAME = "meanet"
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Serve a registered model over HTTP until Ctrl-C."""
+
+    version: str = "champion"
+    """Version number or alias of the registered model."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 opens the server to the network."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+    edge_replicas: int = 1
+    """Replicas of the edge's blocks."""
+    cloud_replicas: int = 1
+    """Replicas of the cloud's network."""
+    ready_file: Path | None = None
+    """Where to write {"url", "version"} once requests are answered."""
+
+
+def free_port(host: str, port: int) -> int:
+    """The port if it is free, or any free one for 0.
+
+    Raises:
+        UserError: it is in use, or the host is not this machine's.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+            raise UserError(f"{host}:{port} {why}: choose another with --port, or 0 for a free one") from error
+        return int(probe.getsockname()[1])
+
+
+def deploy(flags: Flags, tracking_uri: str) -> str:
+    """Deploy the application and wait until it answers; returns its URL."""
+    application = app(
+        AppArgs(
+            tracking_uri=tracking_uri,
+            version=flags.version,
+            edge_replicas=flags.edge_replicas,
+            cloud_replicas=flags.cloud_replicas,
+        )
+    )
+    port = free_port(flags.host, flags.port)
+    logging_config = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    serve.start(
+        proxy_location=ProxyLocation.HeadOnly,
+        http_options=HTTPOptions(host=flags.host, port=port),
+        logging_config=logging_config,
+    )
+    serve.run(application, name=NAME, route_prefix="/", logging_config=logging_config)
+    return f"http://{flags.host}:{port}"
+
+
+@exit_on_user_error
+def main() -> None:
+    """Command-line entry."""
+    flags = tyro.cli(Flags, prog="python -m serve_apps")
+    stop = threading.Event()
+
+    def on_signal(_signum: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    tracking_uri = store_uri(os.environ.get("MLFLOW_TRACKING_URI"))
+    with ray_cluster(os.environ.get("RAY_ADDRESS") or None):
+        try:
+            url = deploy(flags, tracking_uri)
+            if flags.ready_file:
+                write_text(json.dumps({"url": url, "pid": os.getpid()}), flags.ready_file)
+            print(f"serving {NAME} at {url}  (docs: {url}/docs; Ctrl-C stops)", flush=True)
+            stop.wait()
+        finally:
+            serve.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""What goes over HTTP: bounded bodies in, answers out. Every refusal is a 4xx with a JSON `detail`."""
+
+from collections.abc import AsyncIterator
+from typing import Any, Literal
+
+import pyarrow as pa
+from fastapi import HTTPException, Request
+from pydantic import BaseModel
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+MAX_IMAGE_BYTES = 8 * 2**20
+MAX_BATCH_BYTES = 64 * 2**20
+MAX_BATCH_IMAGES = 2048
+ARROW = "application/vnd.apache.arrow.stream"
+MULTIPART = "multipart/form-data"
+
+_BINARY = {"type": "string", "format": "binary"}
+ONE_IMAGE: dict[str, Any] = {
+    "requestBody": {"required": True, "content": {f"image/{kind}": {"schema": _BINARY} for kind in ("png", "jpeg")}}
+}
+MANY_IMAGES: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            MULTIPART: {"schema": {"type": "object", "properties": {"image": {"type": "array", "items": _BINARY}}}},
+            ARROW: {"schema": _BINARY},
+        },
+    }
+}
+
+
+class Joules(BaseModel):
+    """What the answer cost the edge device."""
+
+    edge_compute: float
+    """J."""
+    upload: float
+    """J."""
+    source: str
+    """`modelled:<profiles>`."""
+
+
+class Milliseconds(BaseModel):
+    """Where the time of the answer's micro-batch went."""
+
+    edge: float
+    cloud: float
+    """0 where the cloud was not asked."""
+
+
+class AppliedPolicy(BaseModel):
+    """The rule that was applied to this request."""
+
+    id: str
+    gate: str
+    thresholds: list[float | None]
+    edge_only: bool
+
+
+class Answer(BaseModel):
+    """One image's answer."""
+
+    class_id: int
+    class_name: str
+    exit: Literal["main", "extension", "cloud"]
+    confidence: float
+    """0..1, of the answer."""
+    entropy: float | None
+    """Of the main exit, nats; null where its logits were not finite."""
+    degraded: bool
+    """The cloud was wanted and not had."""
+    reason: str | None
+    """Why, where degraded."""
+    joules: Joules
+    ms: Milliseconds
+    model_version: int
+    policy: AppliedPolicy
+
+
+class BatchAnswer(BaseModel):
+    """The answers of a batch, in the order of its images."""
+
+    answers: list[Answer]
+
+
+class Health(BaseModel):
+    """The replica is up."""
+
+    status: Literal["ok"]
+    model_version: int
+
+
+class ModelDescription(BaseModel):
+    """What is served."""
+
+    name: str
+    version: int
+    recipe: str
+    class_names: list[str]
+    hard_classes: list[int]
+    input: dict[str, Any]
+    """The image that the model takes: height, width, channels."""
+    macs: dict[str, int]
+    operating_point: dict[str, Any]
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The whole body, refused as soon as it is known to be too long.
+
+    Raises:
+        HTTPException: 413 above `limit` bytes.
+    """
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > limit:
+        raise _too_large(int(announced), limit)
+    chunks, total = [], 0
+    async for chunk in request.stream():
+        total += len(chunk)
+        if total > limit:
+            raise _too_large(total, limit)
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _too_large(size: int, limit: int) -> HTTPException:
+    return HTTPException(413, f"the body has {size} bytes or more and the limit is {limit}: send less at a time")
+
+
+async def read_images(request: Request) -> list[bytes]:
+    """The images of a batch, in order.
+
+    Raises:
+        HTTPException: 413, 415 or 422, with the reason.
+    """
+    body = await read_body(request, MAX_BATCH_BYTES)
+    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if content_type == ARROW:
+        images = _from_arrow(body)
+    elif content_type == MULTIPART:
+        images = await _from_multipart(request, body)
+    else:
+        raise HTTPException(415, f"content type {content_type!r}: send {MULTIPART} or {ARROW}")
+    if not images:
+        raise HTTPException(422, "the batch holds no images: send one or more")
+    if len(images) > MAX_BATCH_IMAGES:
+        raise HTTPException(413, f"the batch holds {len(images)} images and the limit is {MAX_BATCH_IMAGES}: split it")
+    return images
+
+
+def _from_arrow(body: bytes) -> list[bytes]:
+    try:
+        with pa.ipc.open_stream(body) as reader:
+            column = reader.read_all()["image"]
+            column.validate(full=True)
+            images = column.cast(pa.binary()).to_pylist()
+    except (pa.ArrowException, KeyError, OSError, ValueError) as error:
+        raise HTTPException(
+            422, f"the body is no Arrow IPC stream with a binary column `image`: {type(error).__name__}"
+        ) from error
+    return [image or b"" for image in images]
+
+
+async def _from_multipart(request: Request, body: bytes) -> list[bytes]:
+    async def once() -> AsyncIterator[bytes]:
+        yield body
+
+    parser = MultiPartParser(
+        request.headers, once(), max_files=MAX_BATCH_IMAGES, max_fields=16, max_part_size=MAX_IMAGE_BYTES
+    )
+    try:
+        form = await parser.parse()
+    except (MultiPartException, KeyError, UnicodeDecodeError, ValueError) as error:
+        raise HTTPException(422, f"the multipart body cannot be read: {error}") from error
+    try:
+        return [await part.read() for _, part in form.multi_items() if isinstance(part, UploadFile)]
+    finally:
+        await form.close()
