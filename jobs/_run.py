@@ -1,11 +1,11 @@
 """A run's folder: what each stage leaves for the next, and what was finished, so that the same command goes on.
 
-    run.json              which run this is, and the stages that are over
-    train/<id>/           Ray Train's checkpoints (elsewhere with --storage)
-    model/                the trained model
-    exits.parquet         every exit's answer to every validation and test image
-    operating_point.json  the policy that was chosen
-    report.json, .html    what came of it
+run.json              which run this is, and the stages that are over
+train/<id>/           Ray Train's checkpoints (elsewhere with --storage)
+model/                the trained model
+exits.parquet         every exit's answer to every validation and test image
+operating_point.json  the policy that was chosen
+report.json, .html    what came of it
 """
 
 import json

@@ -91,7 +91,9 @@ def classify_all(url: str, splits: Splits, table: ExitsTable, found: Search) -> 
         "images": len(bodies),
         "mismatches": len(wrong),
         "examples": wrong[:3],
-        "accuracy": float(np.mean([answer["class_id"] == label for (answer, _), label in zip(answers, labels, strict=True)])),
+        "accuracy": float(
+            np.mean([answer["class_id"] == label for (answer, _), label in zip(answers, labels, strict=True)])
+        ),
         "exits": dict(Counter(answer["exit"] for answer, _ in answers)),
         "degraded": sum(answer["degraded"] for answer, _ in answers),
         "requests_per_second": round(len(bodies) / seconds, 1),

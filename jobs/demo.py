@@ -64,8 +64,7 @@ class Demo:
                 with self.run.stage("serve"):
                     self._serve(table, found, address)
         with self.run.stage("report"):
-            result = self._report(table, found)
-        return result
+            return self._report(table, found)
 
     def _evaluate(self) -> ExitsTable:
         if self.run.done("evaluate"):

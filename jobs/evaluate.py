@@ -49,7 +49,9 @@ def main() -> None:
     """Command-line entry."""
     environment = _cli.Environment.read()
     flags = _cli.parse_recipe("evaluate", Flags)
-    run = RunFolder.open(flags.output or Path("outputs") / flags.recipe.name, flags.recipe.name, environment.tracking_uri)
+    run = RunFolder.open(
+        flags.output or Path("outputs") / flags.recipe.name, flags.recipe.name, environment.tracking_uri
+    )
     with run.stage("evaluate"):
         table = evaluate(run, artifact.load(run.model))
     if run.record.mlflow_run:

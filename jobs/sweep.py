@@ -70,7 +70,10 @@ def main() -> None:
         print(json.dumps(result))
         return
     print(f"{found.points} operating points in {found.seconds:.2f} s; the accuracy-joules fronts:")
-    print(f"{'gate':<14}{'classes':>8}{'threshold':>11}{'accuracy':>10}{'uJ':>9}{'cloud':>8}   on test{'uJ':>10}{'cloud':>8}")
+    print(
+        f"{'gate':<14}{'classes':>8}{'threshold':>11}{'accuracy':>10}{'uJ':>9}{'cloud':>8}"
+        f"{'on test':>10}{'uJ':>10}{'cloud':>8}"
+    )
     for row in result["front"]:
         (threshold,), test = row["thresholds"], row["test"]
         shown = "never" if threshold is None else f"{threshold:.4f}"

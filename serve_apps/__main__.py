@@ -82,10 +82,8 @@ def deploy(flags: Flags, tracking_uri: str) -> str:
     return f"http://{flags.host}:{port}"
 
 
-@exit_on_user_error
-def main() -> None:
-    """Command-line entry."""
-    flags = tyro.cli(Flags, prog="python -m serve_apps")
+def _stop_signal() -> threading.Event:
+    """An event that Ctrl-C and SIGTERM set; to be called after Ray, which installs handlers of its own."""
     stop = threading.Event()
 
     def on_signal(_signum: int, _frame: FrameType | None) -> None:
@@ -93,8 +91,16 @@ def main() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
+    return stop
+
+
+@exit_on_user_error
+def main() -> None:
+    """Command-line entry."""
+    flags = tyro.cli(Flags, prog="python -m serve_apps")
     tracking_uri = store_uri(os.environ.get("MLFLOW_TRACKING_URI"))
     with ray_cluster(os.environ.get("RAY_ADDRESS") or None):
+        stop = _stop_signal()
         try:
             url = deploy(flags, tracking_uri)
             if flags.ready_file:
@@ -102,7 +108,7 @@ def main() -> None:
             print(f"serving {NAME} at {url}  (docs: {url}/docs; Ctrl-C stops)", flush=True)
             stop.wait()
         finally:
-            serve.shutdown()
+            serve.shutdown()  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

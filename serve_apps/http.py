@@ -1,6 +1,6 @@
 """What goes over HTTP: bounded bodies in, answers out. Every refusal is a 4xx with a JSON `detail`."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -28,6 +28,11 @@ MANY_IMAGES: dict[str, Any] = {
         },
     }
 }
+
+
+ExitName = Literal["main", "extension", "cloud"]
+EXIT_NAMES: tuple[ExitName, ...] = ("main", "extension", "cloud")
+"""By `meanet.routing.Exit`."""
 
 
 class Joules(BaseModel):
@@ -63,7 +68,7 @@ class Answer(BaseModel):
 
     class_id: int
     class_name: str
-    exit: Literal["main", "extension", "cloud"]
+    exit: ExitName
     confidence: float
     """0..1, of the answer."""
     entropy: float | None
@@ -162,7 +167,7 @@ def _from_arrow(body: bytes) -> list[bytes]:
 
 
 async def _from_multipart(request: Request, body: bytes) -> list[bytes]:
-    async def once() -> AsyncIterator[bytes]:
+    async def once() -> AsyncGenerator[bytes]:
         yield body
 
     parser = MultiPartParser(

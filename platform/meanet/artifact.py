@@ -160,7 +160,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist: give a trained model's folder, or train one with jobs.train") from error
+        raise UserError(
+            f"{path} does not exist: give a trained model's folder, or train one with jobs.train"
+        ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): train or download the model again") from error
     return content

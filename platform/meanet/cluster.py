@@ -5,6 +5,7 @@ after a worker's death the group starts again from the last registered one.
 """
 
 import contextlib
+import logging
 import os
 import secrets
 import shutil
@@ -18,7 +19,7 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray._raylet import AuthenticationTokenLoader, Config
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, prepare_model
 from torch import nn
@@ -59,14 +60,14 @@ def ray_cluster(address: str | None) -> Iterator[str]:
         else:
             options = {"address": address}
         try:
-            context = ray.init(log_to_driver=False, logging_level="ERROR", namespace="meanet", **options)
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace="meanet", **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"no Ray cluster can be used at {address or 'this machine'} ({str(error).splitlines()[0]}): start one "
                 "with `ray start --head`, or unset RAY_ADDRESS to run locally"
             ) from error
         stack.callback(ray.shutdown)
-        yield str(context.address_info["gcs_address"])
+        yield str(ray.get_runtime_context().gcs_address)
 
 
 @contextlib.contextmanager
@@ -172,9 +173,13 @@ def load_state(checkpoint: Checkpoint) -> State:
         return State(**torch.load(Path(folder) / _STATE, weights_only=True))
 
 
+def _cluster_cpus() -> int:
+    return int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
+
+
 def default_workers() -> int:
     """One worker per two CPUs of the cluster, at least one."""
-    return max(1, int(ray.cluster_resources().get("CPU", 1)) // 2)
+    return max(1, _cluster_cpus() // 2)
 
 
 def train(recipe: Recipe, storage: str, name: str, num_workers: int | None, on_event: OnEvent) -> State:
@@ -191,7 +196,7 @@ def train(recipe: Recipe, storage: str, name: str, num_workers: int | None, on_e
         UserError: more workers than CPUs; or training failed for good.
     """
     workers = num_workers or default_workers()
-    cpus = int(ray.cluster_resources().get("CPU", 1))
+    cpus = _cluster_cpus()
     if workers > cpus:
         raise UserError(f"{workers} workers asked for and the cluster has {cpus} CPUs: lower --workers or add nodes")
     mailbox = ray.remote(_Mailbox).options(num_cpus=0).remote()
@@ -202,7 +207,10 @@ def train(recipe: Recipe, storage: str, name: str, num_workers: int | None, on_e
         run_config=RunConfig(
             name=name,
             storage_path=storage,
-            failure_config=FailureConfig(max_failures=_MAX_FAILURES, controller_failure_limit=_MAX_FAILURES),
+            failure_config=FailureConfig(
+                max_failures=_MAX_FAILURES,
+                controller_failure_limit=_MAX_FAILURES,  # type: ignore[call-arg]  # Train V2's; the stub shows V1's
+            ),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )

@@ -1,4 +1,4 @@
-"""What a run is: frozen, validated dataclasses. A recipe (see `meanet.recipes`) is a function that returns a whole one."""
+"""What a run is: frozen, validated dataclasses. A recipe is a function that returns a whole one."""
 
 import dataclasses
 import hashlib
@@ -89,7 +89,9 @@ class ModelConfig:
             _require(len(getattr(self, name)) > 0, f"model.{name} has no stages: give it one or more")
         _require(self.main_pool > 0, f"model.main_pool is {self.main_pool}: it must be 1 or more")
         ours, theirs = self.main[-1].width, self.adaptive[-1].width
-        _require(ours == theirs, f"the adaptive block ends with {theirs} channels and the main block with {ours}: match")
+        _require(
+            ours == theirs, f"the adaptive block ends with {theirs} channels and the main block with {ours}: match"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

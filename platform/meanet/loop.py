@@ -207,7 +207,7 @@ class PhaseRunner:
             logits = self.phase.forward(self.module, images)
             loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             total += loss.detach()
         return float(total) / self.steps

@@ -63,9 +63,7 @@ def entropy(exits: Exits, policy: Policy) -> Figure:
 def hard_confusion(exits: Exits, class_names: tuple[str, ...]) -> Figure:
     """What the edge alone answers to images of hard classes."""
     figure, axes = _figure("Hard classes, edge only (test)")
-    routed = route(
-        exits.main_logits, exits.extension_logits, exits.cloud_pred, Policy(hard_classes=exits.hard_classes)
-    )
+    routed = route(exits.main_logits, exits.extension_logits, exits.cloud_pred, Policy(hard_classes=exits.hard_classes))
     counts = np.zeros((len(exits.hard_classes), len(class_names)), dtype=int)
     for row, class_id in enumerate(exits.hard_classes):
         counts[row] = np.bincount(routed.pred[exits.labels == class_id], minlength=len(class_names))

@@ -1,7 +1,8 @@
 """The policies that a cascade is compared with: main-only, edge-only, cloud-only, the authors' threshold, an oracle."""
 
+from statistics import NormalDist
+
 import numpy as np
-from scipy.stats import norm
 
 from meanet.energy import CostModel
 from meanet.routing import Exit, Policy, Routed, read_main, route
@@ -30,7 +31,8 @@ def best_threshold(mean_right: float, mean_wrong: float, std_wrong: float) -> fl
     """The authors' formula on its three moments, each in nats."""
     grid = np.linspace(0.1, 1.9, 181)
     gain = CORRECT_WEIGHT * (1 - np.exp(-grid / mean_right))
-    loss = (1 - CORRECT_WEIGHT) * norm.cdf((grid - mean_wrong) / std_wrong)
+    wrong = NormalDist(mean_wrong, std_wrong)
+    loss = (1 - CORRECT_WEIGHT) * np.array([wrong.cdf(threshold) for threshold in grid])
     return float(grid[np.argmax(gain - loss)])
 
 

@@ -130,7 +130,9 @@ def write(folder: Path, report: dict[str, Any], table: ExitsTable, search: Searc
         summary=html.escape(summary(report)),
         table=_html_table(report),
         source=html.escape(report["policies"]["operating_point"]["joules_source"]),
-        plots="".join(f"<div>{plots.svg(figure)}</div>" for figure in plots.all_figures(report, table, search).values()),
+        plots="".join(
+            f"<div>{plots.svg(figure)}</div>" for figure in plots.all_figures(report, table, search).values()
+        ),
         point=html.escape(json.dumps(report["operating_point"], indent=2)),
         seconds="\n".join(f"{name:<12} {value:8.1f} s" for name, value in report["seconds"].items()),
     )

@@ -133,8 +133,8 @@ def read(logits: NDArray[np.floating[Any]], temperature: float = 1.0, classes: S
         temperature: divides the logits.
         classes: class id of each column; the column's number if None.
     """
-    scaled = np.asarray(logits, dtype=np.float64) / temperature
-    finite = np.isfinite(scaled).all(axis=1)
+    scaled: Floats = np.asarray(logits, dtype=np.float64) / temperature
+    finite: Bools = np.all(np.isfinite(scaled), axis=1)
     safe = np.where(finite[:, None], scaled, 0.0)
     shifted = safe - safe.max(axis=1, keepdims=True)
     exponent = np.exp(shifted)

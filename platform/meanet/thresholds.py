@@ -8,10 +8,10 @@ Shape letters: N samples, C classes, H hard classes, k <= H of them in use, P po
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
 
 from meanet.config import Gate
 from meanet.energy import CostModel
@@ -151,7 +151,8 @@ def _edge_outcome(exits: Exits, costs: CostModel, policy: Policy, main: Reading)
     if policy.hard_classes:
         settled = settle(main, read_extension(exits.extension_logits, policy))
         pred = np.where(hard, settled.pred, main.pred)
-    return pred == exits.labels, costs.main_joules + hard * costs.extension_joules
+    joules: Floats = costs.main_joules + hard.astype(np.float64) * costs.extension_joules
+    return pred == exits.labels, joules
 
 
 def _prefix_mean(edge: NDArray[np.generic], cloud: NDArray[np.generic]) -> Floats:
@@ -174,9 +175,7 @@ def _midway(score: Floats, kept: Ints) -> Floats:
     return np.where(kept == len(score), np.inf, middle)
 
 
-def sweep(
-    exits: Exits, costs: CostModel, gates: Iterable[Gate], split_sizes: Iterable[int] | None = None
-) -> Points:
+def sweep(exits: Exits, costs: CostModel, gates: Iterable[Gate], split_sizes: Iterable[int] | None = None) -> Points:
     """Every distinct threshold of every gate and split size.
 
     Args:
@@ -216,7 +215,7 @@ def choose(points: Points, max_loss: float, confidence: float = 0.5) -> Points:
         max_loss: 0..1.
         confidence: 0.5 (the estimate itself) to 1, excluded.
     """
-    bound = points.loss_vs_cloud + norm.ppf(confidence) * points.loss_deviation
+    bound = points.loss_vs_cloud + NormalDist().inv_cdf(confidence) * points.loss_deviation
     enough = points.take(bound <= max_loss + 1e-12)  # never empty: sending everything loses nothing
     return pareto_front(enough).take(np.array([0]))
 

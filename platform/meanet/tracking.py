@@ -72,7 +72,9 @@ class Tracker:
 
     # Runs
 
-    def start_run(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str], parent: str | None = None) -> str:
+    def start_run(
+        self, name: str, params: Mapping[str, Any], tags: Mapping[str, str], parent: str | None = None
+    ) -> str:
         """A new run; returns its id. With `parent`, nested below that run."""
         nested = {"mlflow.parentRunId": parent} if parent else {}
         run = self._client.create_run(self._experiment_id, tags={**tags, **nested}, run_name=name)
@@ -237,7 +239,7 @@ def _save_pyfunc(folder: Path, package: Path) -> None:
         data_path=str(folder),
         code_paths=[str(code)],
         signature=signature,
-        pip_requirements=["torch", "numpy", "pandas", "pillow", "safetensors", "scipy", "pydantic", "mlflow-skinny"],
+        pip_requirements=["torch", "numpy", "pandas", "pillow", "safetensors", "pydantic", "mlflow-skinny"],
     )
 
 
