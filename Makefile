@@ -8,6 +8,7 @@ HERE   := $(shell printf '%s' '$(CURDIR)' | sha256sum | cut -c1-16)
 DEPS   := $(VENV)/.dependencies-$(PINS)
 READY  := $(VENV)/.installed-$(PINS)-$(HERE)
 RUN    := $(VENV)/bin/python
+PIP    := --quiet --disable-pip-version-check
 
 .PHONY: demo test check lint types serve mlflow bench clean
 .DEFAULT_GOAL := demo
@@ -41,15 +42,14 @@ clean:
 	rm -rf outputs .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(DEPS): constraints.txt pyproject.toml
+	@echo "setting up $(VENV): about 6 GB once unpacked, some minutes"
 	$(PYTHON) -m venv --clear $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip setuptools
-	@echo "installing dependencies (about 6 GB once unpacked; minutes)"
-	$(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[dev]' \
-	    | grep -v -e 'already satisfied' -e '^Collecting' -e '^  Downloading' -e '^  Using cached' || true
+	$(VENV)/bin/python -m pip install $(PIP) -c constraints.txt --upgrade pip setuptools
+	$(VENV)/bin/python -m pip install $(PIP) -c constraints.txt -e '.[dev]'
 	$(VENV)/bin/python -m pip check
-	touch $@
+	@touch $@
 
 $(READY): $(DEPS)
 	@rm -f $(VENV)/.installed-*
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(VENV)/bin/python -m pip install $(PIP) --no-deps --no-build-isolation -e .
 	@touch $@

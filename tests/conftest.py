@@ -31,8 +31,12 @@ torch.set_num_threads(1)
 
 def short(recipe: Recipe, epochs: int = 3) -> Recipe:
     """The recipe with few epochs."""
-    phases = {name: dataclasses.replace(getattr(recipe, name), epochs=epochs) for name in ("main", "extension", "cloud")}
-    return dataclasses.replace(recipe, **phases)
+    return dataclasses.replace(
+        recipe,
+        main=dataclasses.replace(recipe.main, epochs=epochs),
+        extension=dataclasses.replace(recipe.extension, epochs=epochs),
+        cloud=dataclasses.replace(recipe.cloud, epochs=epochs),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,11 @@ Every call names its run and its store; nothing here touches MLflow's global sta
 import contextlib
 import json
 import logging
+import secrets
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
+from sqlalchemy.exc import SQLAlchemyError
 
 from meanet import artifact
 from meanet.artifact import TrainedModel
@@ -53,11 +56,11 @@ class Tracker:
         logging.getLogger("alembic").setLevel(logging.WARNING)
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         self.uri = uri
-        self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         _check_reachable(uri)
         try:
+            self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             self._experiment_id = self._experiment()
-        except (MlflowException, OSError) as error:
+        except (MlflowException, SQLAlchemyError, OSError) as error:
             raise UserError(
                 f"the MLflow store {uri} cannot be used: {_first_line(error)}; check MLFLOW_TRACKING_URI"
             ) from error
@@ -130,7 +133,7 @@ class Tracker:
         with tempfile.TemporaryDirectory() as folder:
             package = Path(folder) / "package"
             _save_pyfunc(artifact.save(model, Path(folder) / "model"), package)
-            place = f"model-{point_id}"
+            place = f"model-{secrets.token_hex(4)}"  # one run may make many versions
             self._client.log_artifacts(run_id, str(package), place)
         with contextlib.suppress(MlflowException):  # it exists
             self._client.create_registered_model(MODEL)
@@ -233,14 +236,16 @@ def _save_pyfunc(folder: Path, package: Path) -> None:
     )
     code = package.parent / "meanet"
     shutil.copytree(Path(__file__).parent, code, ignore=shutil.ignore_patterns("__pycache__"))
-    mlflow.pyfunc.save_model(
-        str(package),
-        loader_module="meanet.runtime",
-        data_path=str(folder),
-        code_paths=[str(code)],
-        signature=signature,
-        pip_requirements=["torch", "numpy", "pandas", "pillow", "safetensors", "pydantic", "mlflow-skinny"],
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*input example was not provided", UserWarning)  # the signature is explicit
+        mlflow.pyfunc.save_model(
+            str(package),
+            loader_module="meanet.runtime",
+            data_path=str(folder),
+            code_paths=[str(code)],
+            signature=signature,
+            pip_requirements=["torch", "numpy", "pandas", "pillow", "safetensors", "pydantic", "mlflow-skinny"],
+        )
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
