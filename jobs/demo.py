@@ -22,6 +22,7 @@ from meanet.evaluation import ExitsTable
 from meanet.operating_point import Search
 from meanet.storage import write_text
 from meanet.tracking import Tracker
+from meanet.training import check
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,13 @@ class Demo:
     def __init__(self, flags: Flags, environment: _cli.Environment) -> None:
         self.flags, self.environment = flags, environment
         self.recipe: Recipe = flags.recipe
-        self.run = RunFolder.begin(flags.output, self.recipe, environment.tracking_uri, goal="report")
+        check(self.recipe, load_splits(self.recipe))  # find mistakes before an earlier run is replaced
         self.tracker = Tracker(environment.tracking_uri)
 
     def all_stages(self) -> dict[str, Any]:
         """Run what is left; returns the report."""
         with cluster.ray_cluster(self.environment.ray_address) as address:
+            self.run = RunFolder.begin(self.flags.output, self.recipe, self.environment.tracking_uri, goal="report")
             if not self.run.done("train"):
                 with self.run.stage("train"):
                     train(self.run, self.recipe, self.tracker, self.flags.workers, self.flags.storage)

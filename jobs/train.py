@@ -40,7 +40,6 @@ class Flags:
 def train(run: RunFolder, recipe: Recipe, tracker: Tracker, workers: int | None, storage: str | None) -> TrainedModel:
     """The training stage, on the connected cluster."""
     splits = load_splits(recipe)
-    check(recipe, splits)
     if run.record.mlflow_run is None:
         run.record.mlflow_run = tracker.start_run(f"{recipe.name}-{run.record.id}", recipe.to_dict(), _tags(run))
         tracker.log_dataset(run.record.mlflow_run, splits.table)
@@ -127,10 +126,12 @@ def main() -> None:
     if flags.workers is not None and flags.workers < 1:
         raise UserError(f"--workers is {flags.workers}: it must be 1 or more")
     output = flags.output or Path("outputs") / recipe.name
-    run = RunFolder.begin(output, recipe, environment.tracking_uri, goal="train")
+    check(recipe, load_splits(recipe))  # every mistake that can be found is found before an earlier run is replaced
     tracker = Tracker(environment.tracking_uri)
-    with cluster.ray_cluster(environment.ray_address), run.stage("train"):
-        model = train(run, recipe, tracker, flags.workers, flags.storage)
+    with cluster.ray_cluster(environment.ray_address):
+        run = RunFolder.begin(output, recipe, environment.tracking_uri, goal="train")
+        with run.stage("train"):
+            model = train(run, recipe, tracker, flags.workers, flags.storage)
     assert run.record.mlflow_run is not None, "training has a run"
     tracker.end_run(run.record.mlflow_run)
     result = {"model": str(run.model), "hard_classes": list(model.hard_classes), "mlflow_run": run.record.mlflow_run}

@@ -21,7 +21,7 @@ from ray.serve.schema import LoggingConfig
 from meanet.cluster import ray_cluster
 from meanet.errors import UserError, exit_on_user_error
 from meanet.storage import write_text
-from meanet.tracking import store_uri
+from meanet.tracking import Tracker, store_uri
 from serve_apps.graph import AppArgs, app
 
 NAME = "meanet"
@@ -61,24 +61,15 @@ def free_port(host: str, port: int) -> int:
         return int(probe.getsockname()[1])
 
 
-def deploy(flags: Flags, tracking_uri: str) -> str:
+def deploy(flags: Flags, args: AppArgs, port: int) -> str:
     """Deploy the application and wait until it answers; returns its URL."""
-    application = app(
-        AppArgs(
-            tracking_uri=tracking_uri,
-            version=flags.version,
-            edge_replicas=flags.edge_replicas,
-            cloud_replicas=flags.cloud_replicas,
-        )
-    )
-    port = free_port(flags.host, flags.port)
     logging_config = LoggingConfig(log_level="WARNING", enable_access_log=False)
     serve.start(
         proxy_location=ProxyLocation.HeadOnly,
         http_options=HTTPOptions(host=flags.host, port=port),
         logging_config=logging_config,
     )
-    serve.run(application, name=NAME, route_prefix="/", logging_config=logging_config)
+    serve.run(app(args), name=NAME, route_prefix="/", logging_config=logging_config)
     return f"http://{flags.host}:{port}"
 
 
@@ -99,10 +90,18 @@ def main() -> None:
     """Command-line entry."""
     flags = tyro.cli(Flags, prog="python -m serve_apps")
     tracking_uri = store_uri(os.environ.get("MLFLOW_TRACKING_URI"))
+    port = free_port(flags.host, flags.port)
+    version = Tracker(tracking_uri).version_of(flags.version)  # before a cluster starts: it may not exist
+    args = AppArgs(
+        tracking_uri=tracking_uri,
+        version=str(version),
+        edge_replicas=flags.edge_replicas,
+        cloud_replicas=flags.cloud_replicas,
+    )
     with ray_cluster(os.environ.get("RAY_ADDRESS") or None):
         stop = _stop_signal()
         try:
-            url = deploy(flags, tracking_uri)
+            url = deploy(flags, args, port)
             if flags.ready_file:
                 write_text(json.dumps({"url": url, "pid": os.getpid()}), flags.ready_file)
             print(f"serving {NAME} at {url}  (docs: {url}/docs; Ctrl-C stops)", flush=True)

@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -47,6 +48,7 @@ def ray_cluster(address: str | None) -> Iterator[str]:
         UserError: no cluster answers at `address`.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # results alone belong on standard output
         if address is None:
             stack.enter_context(_local_token())
             folder = Path(tempfile.mkdtemp(prefix="meanet-ray-"))

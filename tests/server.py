@@ -1,0 +1,60 @@
+"""A served model as a process, for the tests that ask over HTTP."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from conftest import ENVIRONMENT
+
+MARK = "MEANET_TEST_MARK"
+
+
+def marked(mark: str) -> list[int]:
+    """Processes that inherited a mark in their environment, however they were started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"{MARK}={mark}".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return [pid for pid in found if pid != os.getpid()]
+
+
+@contextlib.contextmanager
+def serving(folder: Path, tracking_uri: str, *words: str) -> Iterator[str]:
+    """`python -m serve_apps` on a free port; yields its URL, and sees to it that nothing of it stays."""
+    mark = uuid.uuid4().hex
+    ready, log = folder / "ready.json", folder / "serve.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "serve_apps", "--port", "0", "--ready-file", str(ready), *words],
+            env=ENVIRONMENT | {"MLFLOW_TRACKING_URI": tracking_uri, MARK: mark},
+            cwd=folder,
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while not ready.exists():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield json.loads(ready.read_text())["url"]
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(60)
+        finally:
+            process.kill()
+            process.wait()
+    assert process.returncode == 0, log.read_text()
+    deadline = time.monotonic() + 20
+    while marked(mark) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not marked(mark), "Ctrl-C left processes running"

@@ -1,0 +1,181 @@
+"""The commands with a user's mistakes: each names the value and the remedy, without a stack trace."""
+
+import importlib
+import json
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from meanet import artifact
+from meanet.artifact import TrainedModel
+from meanet.evaluation import ExitsTable
+
+
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Job = Callable[..., Done]
+
+
+@pytest.fixture
+def job(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Job:
+    """Run a command's `main` in this process, in `folder`; an escaping exception (a stack trace) fails the test."""
+
+    def run(name: str, *words: str, **environment: str) -> Done:
+        monkeypatch.chdir(folder)
+        for variable in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+            monkeypatch.delenv(variable, raising=False)
+        for variable, value in environment.items():
+            monkeypatch.setenv(variable, value)
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        capsys.readouterr()
+        code = 0
+        try:
+            importlib.import_module(name).main()
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        return Done(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, model: TrainedModel, table: ExitsTable) -> Path:
+    """A working directory with the run of a finished training in outputs/digits."""
+    root = tmp_path_factory.mktemp("jobs")
+    run = root / "outputs" / "digits"
+    artifact.save(model, run / "model")
+    record = {"id": "r", "recipe": "digits", "digest": "d", "tracking_uri": "u", "seconds": {"train": 1.0}}
+    (run / "run.json").write_text(json.dumps(record))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (("train",), ("no recipe", "digits")),
+        (("train", "cifar1000"), ("'cifar1000'", "digits")),
+        (("train", "digits", "--main.epoch", "3"), ("--main.epoch",)),
+        (("train", "digits", "--main.epochs", "many"), ("many",)),
+        (("train", "digits", "--main.epochs", "0"), ("epochs is 0", "1 or more")),
+        (("train", "digits", "--workers", "0"), ("--workers is 0", "1 or more")),
+        (("train", "digits", "--output", "/proc/nowhere"), ("/proc/nowhere", "--output")),
+        (("evaluate", "digits", "--output", "elsewhere"), ("elsewhere", "jobs.train digits")),
+        (("sweep", "nothing.parquet"), ("nothing.parquet does not exist", "run the job")),
+        (("register", "elsewhere"), ("elsewhere", "jobs.train")),
+        (("promote",), ("version", "--rollback")),
+        (("promote", "7"), ("no version '7'", "jobs.train")),
+        (("promote", "--rollback"), ("no champion", "nothing to roll back")),
+    ],
+)
+def test_mistakes_are_named(job: Job, folder: Path, words: tuple[str, ...], names: tuple[str, ...]) -> None:
+    done = job(f"jobs.{words[0]}", *words[1:])
+    said = done.stdout + done.stderr
+    assert done.returncode in (1, 2), said
+    for name in names:
+        assert name in said
+
+
+@pytest.mark.parametrize("hard", ["0", "10"])
+def test_class_split_of_none_or_all(job: Job, folder: Path, hard: str) -> None:
+    """Found before a worker starts, and the earlier run's model is still there."""
+    done = job("jobs.train", "digits", "--split.num-hard-classes", hard, "--output", "split")
+    assert done.returncode == 1
+    assert f"num_hard_classes is {hard} of 10 classes: choose 1 to 9" in done.stderr
+
+
+def test_unreachable_mlflow_keeps_what_was_finished(job: Job, folder: Path) -> None:
+    done = job("jobs.train", "digits", MLFLOW_TRACKING_URI="http://127.0.0.1:1")
+    assert done.returncode == 1
+    assert "http://127.0.0.1:1 does not answer" in done.stderr
+    assert (folder / "outputs" / "digits" / "model" / "model.json").exists()
+
+
+def test_checkpoint_of_another_recipe(job: Job, folder: Path) -> None:
+    other = folder / "other"
+    shutil.copytree(folder / "outputs" / "digits", other)
+    (other / "run.json").write_text((other / "run.json").read_text().replace('"digits"', '"imagenet"'))
+    done = job("jobs.evaluate", "digits", "--output", "other")
+    assert done.returncode == 1
+    assert "holds a model of recipe 'imagenet', not 'digits'" in done.stderr
+
+
+def test_evaluate_sweep_register_promote_by_json(job: Job, folder: Path) -> None:
+    """The jobs hand on to each other by what they write."""
+    evaluated = json.loads(job("jobs.evaluate", "digits", "--json").stdout)
+    assert evaluated["split"] == "test"
+    swept = json.loads(job("jobs.sweep", evaluated["exits"], "--json").stdout)
+    assert swept["points"] > 1000
+    assert {row["gate"] for row in swept["front"]} == {"main_entropy", "max_softmax", "margin"}
+    assert all(row["split"] == "validation" and 0 <= row["test"]["accuracy"] <= 1 for row in swept["front"])
+    assert swept["operating_point"]["split"] == "validation"
+    first = json.loads(job("jobs.register", "outputs/digits", "--json").stdout)
+    assert json.loads(job("jobs.promote", "candidate", "--json").stdout)["champion"] == first["version"]
+    second = json.loads(job("jobs.register", "outputs/digits", "--json").stdout)
+    promoted = json.loads(job("jobs.promote", str(second["version"]), "--json").stdout)
+    assert promoted == {"model": "meanet", "champion": second["version"], "replaced": first["version"]}
+    back = json.loads(job("jobs.promote", "--rollback", "--json").stdout)
+    assert back["champion"] == first["version"]
+
+
+def test_paper_space_and_other_link(job: Job, folder: Path) -> None:
+    exits = "outputs/digits/exits.parquet"
+    if not (folder / exits).exists():
+        assert job("jobs.evaluate", "digits").returncode == 0
+    paper = json.loads(
+        job("jobs.sweep", exits, "--space", "paper", "--link", "lte", "--output", "p.json", "--json").stdout
+    )
+    assert {row["gate"] for row in paper["front"]} == {"main_entropy"}
+    assert paper["operating_point"]["expected"]["joules_source"] == "modelled:horowitz_45nm+lte"
+    assert json.loads((folder / "p.json").read_text())["id"] == paper["operating_point"]["id"]
+    unknown = job("jobs.sweep", exits, "--link", "pigeon")
+    assert unknown.returncode == 1
+    assert "unknown link profile 'pigeon': choose one of wifi, lte, 3g" in unknown.stderr
+
+
+def test_truncated_exits_table(job: Job, folder: Path, table: ExitsTable) -> None:
+    path = folder / "cut.parquet"
+    pq.write_table(table.table, path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    done = job("jobs.sweep", "cut.parquet")
+    assert done.returncode == 1
+    assert "cut.parquet is no whole Parquet file" in done.stderr
+
+
+@pytest.fixture
+def busy_port() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+def test_serving_on_a_busy_port_or_without_a_champion(job: Job, folder: Path, tmp_path: Path, busy_port: int) -> None:
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    none = job("serve_apps.__main__", MLFLOW_TRACKING_URI=store)
+    assert none.returncode == 1
+    assert "no alias 'champion'" in none.stderr
+    assert "jobs.promote" in none.stderr
+    busy = job("serve_apps.__main__", "--port", str(busy_port), MLFLOW_TRACKING_URI=store)
+    assert busy.returncode == 1
+    assert f"127.0.0.1:{busy_port} is in use: choose another with --port" in busy.stderr
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "demo", "sweep", "register", "promote"])
+def test_help(job: Job, folder: Path, name: str) -> None:
+    words = (name, "digits", "--help") if name in ("train", "evaluate", "demo") else (name, "--help")
+    done = job(f"jobs.{words[0]}", *words[1:])
+    assert done.returncode == 0
+    assert "--json" in done.stdout
+    if name == "train":
+        assert "--main.epochs" in done.stdout
