@@ -1,0 +1,147 @@
+"""The whole life in one command: killed in the middle, gone on with, finished, and nothing of it left running."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import uuid
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ENVIRONMENT
+from mlflow import MlflowClient
+from server import MARK, marked
+
+from meanet.evaluation import ExitsTable
+from meanet.operating_point import policy_of, search
+from meanet.recipes import digits
+from meanet.routing import GATES, Policy
+from meanet.thresholds import replay
+
+pytestmark = pytest.mark.cluster
+EPOCHS = 5
+POLICIES = {"main_only", "edge_only", "cloud_only", "authors_threshold", "operating_point", "oracle"}
+
+
+@dataclass(frozen=True)
+class Demo:
+    folder: Path
+    store: str
+    report: dict[str, Any]
+    first: list[str]
+    """Progress of the attempt that was killed."""
+    second: list[str]
+    """Progress of the one that finished."""
+    left: list[int]
+    """Processes that stayed."""
+
+
+def start(folder: Path, mark: str) -> "subprocess.Popen[str]":
+    flags = [f"--{phase}.epochs={EPOCHS}" for phase in ("main", "extension", "cloud")]
+    return subprocess.Popen(
+        [sys.executable, "-m", "jobs.demo", "digits", "--json", *flags],
+        env=ENVIRONMENT | {MARK: mark},
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    folder, mark = tmp_path_factory.mktemp("demo"), uuid.uuid4().hex
+    killed = start(folder, mark)
+    assert killed.stderr is not None
+    first = []
+    for line in killed.stderr:
+        first.append(line)
+        if re.search(r"extension epoch +3/", line):
+            os.kill(killed.pid, signal.SIGKILL)
+            break
+    killed.communicate()
+    finished = start(folder, mark)
+    stdout, stderr = finished.communicate(timeout=400)
+    assert finished.returncode == 0, stderr
+    store = f"sqlite:///{folder / 'outputs/mlflow/mlflow.db'}"
+    return Demo(folder, store, json.loads(stdout), first, stderr.splitlines(), marked(mark))
+
+
+def test_interrupted_run_goes_on_where_it_stopped(demo: Demo) -> None:
+    assert any("going on with the interrupted run" in line for line in demo.second)
+    epochs = [re.search(r"(\w+) +epoch +(\d+)/", line) for line in demo.second]
+    again = Counter(found[1] for found in epochs if found)
+    assert again["main"] == 0, "a finished phase is not trained again"
+    assert again["extension"] <= EPOCHS - 1
+    assert again["cloud"] == EPOCHS
+
+
+def test_nothing_stays_running(demo: Demo) -> None:
+    assert demo.left == []
+
+
+def test_report_has_its_contract(demo: Demo) -> None:
+    report = demo.report
+    written = json.loads((demo.folder / "outputs/demo/report.json").read_text())
+    assert written == report
+    keys = {"recipe", "seed", "commit", "split", "hard_classes", "seconds", "routing_efficiency", "policies"}
+    assert set(report) >= keys | {"operating_point", "files"}
+    assert (report["recipe"], report["split"], len(report["hard_classes"])) == ("digits", "test", 5)
+    assert set(report["policies"]) == POLICIES
+    for policy in report["policies"].values():
+        assert sum(policy["share"].values()) == pytest.approx(1)
+        assert policy["joules_source"] == "modelled:horowitz_45nm+wifi"
+    assert all(Path(path).exists() for path in report["files"].values())
+    page = (demo.folder / "outputs/demo/report.html").read_text()
+    assert page.count("<svg") == 4
+
+
+def test_answers_over_http_equal_the_replayed_table(demo: Demo) -> None:
+    http, point = demo.report["http"], demo.report["policies"]["operating_point"]
+    assert http["images"] == demo.report["samples"] >= 450
+    assert http["mismatches"] == 0
+    assert http["degraded"] == 0
+    assert http["accuracy"] == pytest.approx(point["accuracy"])
+    for name, share in point["share"].items():
+        assert http["exits"].get(name, 0) / http["images"] == pytest.approx(share)
+
+
+def test_operating_point_was_chosen_on_validation_alone(demo: Demo) -> None:
+    """The table's validation rows give the same point, whatever stands in its test rows."""
+    table = ExitsTable.read(demo.folder / "outputs/demo/exits.parquet")
+    split = table.table["split"].cast("string").to_pylist()
+    validation = ExitsTable(table.table.filter([name == "validation" for name in split]))
+    found = search(validation, digits().operating_point, GATES)
+    assert found.chosen["id"] == demo.report["operating_point"]["id"]
+    policy = Policy.from_dict(demo.report["operating_point"])
+    assert replay(table.exits("test"), table.costs, policy).accuracy == pytest.approx(
+        demo.report["policies"]["operating_point"]["accuracy"]
+    )
+    assert policy_of(found.front, 0, table.hard_classes).hard_classes == table.hard_classes[:1]
+
+
+def test_mlflow_has_the_run_its_phases_and_the_champion(demo: Demo) -> None:
+    client = MlflowClient(demo.store, demo.store)
+    champion = client.get_model_version_by_alias("meanet", "champion")
+    assert champion.version == client.get_model_version_by_alias("meanet", "candidate").version
+    assert int(champion.version) == demo.report["model_version"]
+    parent = client.get_run(str(champion.run_id))
+    assert parent.info.status == "FINISHED"
+    assert parent.data.params["main.epochs"] == str(EPOCHS)
+    assert parent.data.metrics["test/operating_point/accuracy"] == pytest.approx(
+        demo.report["policies"]["operating_point"]["accuracy"]
+    )
+    assert len(parent.inputs.dataset_inputs) == 1
+    artifacts = {item.path for item in client.list_artifacts(parent.info.run_id)}
+    assert artifacts >= {"report.html", "report.json", "exits.parquet", "operating_point.json", "plots"}
+    nested = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    assert {run.info.run_name for run in nested} == {"main", "extension", "cloud"}
+    for run in nested:
+        steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")]
+        assert sorted(set(steps)) == list(range(1, EPOCHS + 1))
+        assert run.info.status == "FINISHED"
