@@ -81,6 +81,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     port, dashboard = free_port(), free_port()
     command = [str(python), "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     options = ["--port", str(port), "--dashboard-port", str(dashboard), "--num-cpus", "2"]
+    for name in ("dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export", "ray-client-server"):
+        options += [f"--{name}-port", str(free_port())]
     options += ["--object-store-memory", str(200 * 2**20), "--temp-dir", str(temporary)]
     with (folder / "head.log").open("w") as log:
         process = subprocess.Popen(

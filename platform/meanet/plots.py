@@ -70,7 +70,8 @@ def hard_confusion(exits: Exits, class_names: tuple[str, ...]) -> Figure:
     axes.imshow(np.log1p(counts), cmap="Blues", aspect="auto")
     if counts.size <= 200:
         for row, column in np.ndindex(*counts.shape):
-            axes.text(column, row, str(counts[row, column] or ""), ha="center", va="center", fontsize=8)
+            colour = "white" if counts[row, column] > counts.max() / 2 else "black"
+            axes.text(column, row, str(counts[row, column] or ""), ha="center", va="center", fontsize=8, color=colour)
     if len(class_names) <= 20:
         axes.set_xticks(range(len(class_names)), class_names)
         axes.set_yticks(range(len(exits.hard_classes)), [class_names[class_id] for class_id in exits.hard_classes])
@@ -92,8 +93,8 @@ def who_answered(exits: Exits, policy: Policy, class_names: tuple[str, ...]) -> 
         hard = set(policy.hard_classes)
         names = [f"{name}*" if class_id in hard else name for class_id, name in enumerate(class_names)]
         axes.set_xticks(range(len(class_names)), names)
-    axes.set(xlabel="true class (* = hard, in use)", ylabel="share")
-    axes.legend(fontsize=8)
+    axes.set(xlabel="true class (* = hard, in use)", ylabel="share", ylim=(0, 1.12))
+    axes.legend(fontsize=8, ncols=3, loc="upper center")
     return figure
 
 

@@ -1,0 +1,80 @@
+"""Every shell block of the README, run as it stands (the make targets apart, which CI runs)."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ENVIRONMENT, ROOT
+from server import serving
+from test_submit import Head, copy_of_tree, head, submit
+
+pytestmark = pytest.mark.cluster
+__all__ = ["head"]  # the fixture of a separately started cluster
+
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```sh\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+MAKE, JOBS, HTTP, REGISTRY, CLUSTER = range(5)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A copy of the tree as a user has it after `make`: with a .venv."""
+    folder = copy_of_tree(tmp_path_factory.mktemp("readme"))
+    (folder / ".venv").symlink_to(Path(sys.prefix), target_is_directory=True)
+    yield folder
+    (folder / ".venv").unlink()
+
+
+def run(block: str, checkout: Path) -> str:
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block],
+        env=ENVIRONMENT | {"PYTHONPATH": f"{checkout / 'platform'}{os.pathsep}{checkout}"},
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, block + done.stdout + done.stderr
+    return done.stdout
+
+
+def test_there_are_these_blocks_and_no_others() -> None:
+    assert len(BLOCKS) == 5
+    assert BLOCKS[MAKE].split() == ["make", "demo", "make", "test"]
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`?make (\w+)`?", TEXT):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", TEXT):
+        assert (ROOT / link).exists(), link
+
+
+def test_jobs_then_http_then_registry(checkout: Path) -> None:
+    said = run(BLOCKS[JOBS], checkout)
+    assert "operating point" in said
+    assert "meanet champion is version 1" in said
+    store = f"sqlite:///{checkout / 'outputs/mlflow/mlflow.db'}"
+    with serving(checkout, store) as url:
+        block = BLOCKS[HTTP].replace("http://127.0.0.1:8000", url)
+        assert url in block
+        answers = run(block, checkout)
+    assert answers.count('"class_name"') == 4
+    assert '"exit"' in answers
+    assert "class_id" in run(BLOCKS[REGISTRY], checkout)
+
+
+def test_submission_to_a_cluster(head: Head, checkout: Path) -> None:
+    words = re.search(r"ray job submit --address \S+ --runtime-env jobs/runtime_env.yaml -- (.*)", BLOCKS[CLUSTER])
+    assert words is not None
+    shutil.rmtree(checkout / "outputs", ignore_errors=True)
+    done = submit(head, checkout, words[1].split())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "hard classes, hardest first" in done.stdout
