@@ -12,11 +12,11 @@ def digits() -> Recipe:
         name="digits",
         data=DataConfig(source="digits", validation_fraction=0.28, test_fraction=0.26, crop_padding=1),
         model=ModelConfig(
-            stem_width=8,
-            main=(StageConfig(width=8, blocks=1, stride=2),),
+            stem_width=12,
+            main=(StageConfig(width=12, blocks=1, stride=2),),
             main_pool=2,
-            adaptive_stem_width=8,
-            adaptive=(StageConfig(width=8, blocks=1, stride=2),),
+            adaptive_stem_width=12,
+            adaptive=(StageConfig(width=12, blocks=1, stride=2),),
             extension=(StageConfig(width=32, blocks=2),),
             cloud_stem_width=32,
             cloud=(
