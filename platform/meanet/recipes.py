@@ -10,7 +10,7 @@ def digits() -> Recipe:
     """scikit-learn's digits (1,797 scans, 8x8, 10 classes): the whole life of a model in minutes on a laptop."""
     return Recipe(
         name="digits",
-        data=DataConfig(source="digits", validation_fraction=0.28, test_fraction=0.26, crop_padding=1),
+        data=DataConfig(source="digits", validation_fraction=0.34, test_fraction=0.26, crop_padding=1),
         model=ModelConfig(
             stem_width=12,
             main=(StageConfig(width=12, blocks=1, stride=2),),
@@ -26,8 +26,8 @@ def digits() -> Recipe:
             ),
         ),
         split=SplitConfig(num_hard_classes=5),
-        main=PhaseConfig(epochs=20, batch_size=64, learning_rate=0.1),
-        extension=PhaseConfig(epochs=20, batch_size=64, learning_rate=0.1),
+        main=PhaseConfig(epochs=24, batch_size=64, learning_rate=0.1),
+        extension=PhaseConfig(epochs=40, batch_size=64, learning_rate=0.1),
         cloud=PhaseConfig(epochs=20, batch_size=64, learning_rate=0.1, label_smoothing=0.1),
     )
 
