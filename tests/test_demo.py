@@ -114,7 +114,7 @@ def test_answers_over_http_equal_the_replayed_table(demo: Demo) -> None:
 def test_operating_point_was_chosen_on_validation_alone(demo: Demo) -> None:
     """The table's validation rows give the same point, whatever stands in its test rows."""
     table = ExitsTable.read(demo.folder / "outputs/demo/exits.parquet")
-    split = table.table["split"].cast("string").to_pylist()
+    split = table.table["split"].to_pylist()
     validation = ExitsTable(table.table.filter([name == "validation" for name in split]))
     found = search(validation, digits().operating_point, GATES)
     assert found.chosen["id"] == demo.report["operating_point"]["id"]

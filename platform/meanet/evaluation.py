@@ -53,7 +53,7 @@ def _exits_of(model: TrainedModel, table: ImageTable, split: str, rows: Ints) ->
     extension = read_extension(extension_logits, policy)
     return pa.table(
         {
-            "split": pa.array([split] * len(rows)).dictionary_encode(),
+            "split": [split] * len(rows),
             "index": rows,
             "label": table.labels[rows],
             "main_pred": main.pred,
@@ -127,7 +127,7 @@ class ExitsTable:
         column = f"upload_bytes_{payload or self.recipe.energy.payload}"
         if column not in self.table.column_names:
             raise UserError(f"the exits table has no column {column}: evaluate again with that payload")
-        rows = self.table.filter(pa.compute.equal(self.table["split"].cast(pa.string()), split))
+        rows = self.table.filter(pa.compute.equal(self.table["split"], split))
         if not rows.num_rows:
             raise UserError(f"the exits table has no {split} rows: evaluate again")
         count = rows.num_rows
@@ -142,7 +142,7 @@ class ExitsTable:
 
     def index(self, split: str) -> Ints:
         """The data set's rows behind `exits(split)`, in the same order."""
-        mask = pa.compute.equal(self.table["split"].cast(pa.string()), split)
+        mask = pa.compute.equal(self.table["split"], split)
         index: Ints = self.table.filter(mask)["index"].to_numpy()
         return index
 
