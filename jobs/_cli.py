@@ -72,7 +72,11 @@ def parse_recipe(command: str, flags: type[Flags], arguments: Sequence[str] | No
         raise UserError(f"the first word is {words[0]!r}: give the recipe first, one of {known}")
     build: Any = flags
     default: Flags = build(recipe=recipe(words[0]))
-    return tyro.cli(flags, default=default, prog=f"python -m jobs.{command} {words[0]}", args=words[1:])
+    parsed = tyro.cli(flags, default=default, prog=f"python -m jobs.{command} {words[0]}", args=words[1:])
+    chosen: Any = parsed
+    if chosen.recipe.name != words[0]:
+        raise UserError(f"--name is {chosen.recipe.name!r}: a recipe's name is its own, {words[0]!r}; drop the flag")
+    return parsed
 
 
 def commit() -> str:

@@ -12,6 +12,7 @@ from meanet.artifact import TrainedModel
 from meanet.errors import UserError, exit_on_user_error
 from meanet.evaluation import ExitsTable, exits_table
 from meanet.policies import authors_threshold, baselines
+from meanet.recipes import recipe
 from meanet.tracking import Tracker
 
 
@@ -49,11 +50,16 @@ def main() -> None:
     """Command-line entry."""
     environment = _cli.Environment.read()
     flags = _cli.parse_recipe("evaluate", Flags)
-    run = RunFolder.open(
-        flags.output or Path("outputs") / flags.recipe.name, flags.recipe.name, environment.tracking_uri
-    )
+    output = flags.output or Path("outputs") / flags.recipe.name
+    run = RunFolder.open(output, flags.recipe.name, environment.tracking_uri)
+    model = artifact.load(run.model)
+    if flags.recipe not in (model.recipe, recipe(flags.recipe.name)):
+        raise UserError(
+            f"the flags ask for another recipe than {run.root} was trained by: evaluation runs the trained "
+            "model as it is; drop the flags, or train with them"
+        )
     with run.stage("evaluate"):
-        table = evaluate(run, artifact.load(run.model))
+        table = evaluate(run, model)
     if run.record.mlflow_run:
         Tracker(environment.tracking_uri).log_file(run.record.mlflow_run, run.exits)
     outcomes = baselines(table.exits("test"), table.costs, authors_threshold(table.exits("validation")))

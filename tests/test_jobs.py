@@ -71,6 +71,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, model: TrainedModel, table:
         (("train", "digits", "--workers", "0"), ("--workers is 0", "1 or more")),
         (("train", "digits", "--output", "/proc/nowhere"), ("/proc/nowhere", "--output")),
         (("evaluate", "digits", "--output", "elsewhere"), ("elsewhere", "jobs.train digits")),
+        (("evaluate", "digits", "--main.epochs", "99"), ("flags ask for another recipe", "drop the flags")),
+        (("train", "digits", "--name", "mine"), ("--name is 'mine'", "drop the flag")),
         (("sweep", "nothing.parquet"), ("nothing.parquet does not exist", "run the job")),
         (("register", "elsewhere"), ("elsewhere", "jobs.train")),
         (("promote",), ("version", "--rollback")),

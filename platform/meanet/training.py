@@ -6,6 +6,7 @@
 Shape letters: B batch, C classes, H hard classes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from meanet.class_split import class_precision, hardest_classes
-from meanet.config import Recipe
+from meanet.config import PhaseConfig, Recipe
 from meanet.data import Splits
 from meanet.energy import Macs, cost_model
 from meanet.feeds import ResidentFeed
@@ -82,32 +83,19 @@ class Trainer:
         return self.state
 
     def _main(self) -> Phase:
-        def forward(main: nn.Module, images: Tensor) -> Tensor:
-            logits: Tensor = main(images)[1]
-            return logits
-
-        train, validation = (torch.from_numpy(rows) for rows in (self.splits.train, self.splits.validation))
-        return Phase(
-            name="main",
-            config=self.recipe.main,
-            module=self.networks.meanet.main,
-            forward=forward,
-            train_index=train,
-            train_labels=self.labels[train],
-            validation_images=self.images[validation],
-            validation_labels=self.labels[validation],
-        )
+        return self._over_all_classes("main", self.recipe.main, lambda main, images: main(images)[1])
 
     def _cloud(self) -> Phase:
-        def forward(cloud: nn.Module, images: Tensor) -> Tensor:
-            logits: Tensor = cloud(images)
-            return logits
+        return self._over_all_classes("cloud", self.recipe.cloud, lambda cloud, images: cloud(images))
 
+    def _over_all_classes(
+        self, name: str, config: PhaseConfig, forward: Callable[[nn.Module, Tensor], Tensor]
+    ) -> Phase:
         train, validation = (torch.from_numpy(rows) for rows in (self.splits.train, self.splits.validation))
         return Phase(
-            name="cloud",
-            config=self.recipe.cloud,
-            module=self.networks.cloud,
+            name=name,
+            config=config,
+            module=self.networks.trained[name],
             forward=forward,
             train_index=train,
             train_labels=self.labels[train],
