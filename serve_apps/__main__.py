@@ -3,12 +3,14 @@
 Runs on the cluster in RAY_ADDRESS, or on a local one of its own.
 """
 
+import contextlib
 import errno
 import json
 import os
 import signal
 import socket
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -16,6 +18,7 @@ from types import FrameType
 import tyro
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.context import _get_global_client
 from ray.serve.schema import LoggingConfig
 
 from meanet.cluster import ray_cluster
@@ -61,16 +64,25 @@ def free_port(host: str, port: int) -> int:
         return int(probe.getsockname()[1])
 
 
-def deploy(flags: Flags, args: AppArgs, port: int) -> str:
-    """Deploy the application and wait until it answers; returns its URL."""
+@contextlib.contextmanager
+def deployed(flags: Flags, args: AppArgs, port: int) -> Iterator[str]:
+    """The application while the block runs, once it answers; yields its URL.
+
+    On a cluster where Serve runs already, its address stays as it is and its other applications are left alone.
+    """
+    running = _get_global_client(raise_if_no_controller_running=False)
     logging_config = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    serve.start(
-        proxy_location=ProxyLocation.HeadOnly,
-        http_options=HTTPOptions(host=flags.host, port=port),
-        logging_config=logging_config,
-    )
-    serve.run(app(args), name=NAME, route_prefix="/", logging_config=logging_config)
-    return f"http://{flags.host}:{port}"
+    options = running.http_config if running else HTTPOptions(host=flags.host, port=port)
+    if not running:
+        serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options, logging_config=logging_config)
+    try:
+        serve.run(app(args), name=NAME, route_prefix="/", logging_config=logging_config)
+        yield f"http://{options.host}:{options.port}"
+    finally:
+        if running:
+            serve.delete(NAME)
+        else:
+            serve.shutdown()  # type: ignore[no-untyped-call]
 
 
 def _stop_signal() -> threading.Event:
@@ -100,14 +112,11 @@ def main() -> None:
     )
     with ray_cluster(os.environ.get("RAY_ADDRESS") or None):
         stop = _stop_signal()
-        try:
-            url = deploy(flags, args, port)
+        with deployed(flags, args, port) as url:
             if flags.ready_file:
                 write_text(json.dumps({"url": url, "pid": os.getpid()}), flags.ready_file)
-            print(f"serving {NAME} at {url}  (docs: {url}/docs; Ctrl-C stops)", flush=True)
+            print(f"serving {NAME} version {version} at {url}  (docs: {url}/docs; Ctrl-C stops)", flush=True)
             stop.wait()
-        finally:
-            serve.shutdown()  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ def ray_cluster(address: str | None) -> Iterator[str]:
         if address is None:
             stack.enter_context(_local_token())
             folder = Path(tempfile.mkdtemp(prefix="meanet-ray-"))
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            stack.callback(_remove, folder)
             options: dict[str, Any] = {
                 "address": "local",
                 "include_dashboard": False,
@@ -70,6 +72,14 @@ def ray_cluster(address: str | None) -> Iterator[str]:
             ) from error
         stack.callback(ray.shutdown)
         yield str(ray.get_runtime_context().gcs_address)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a local Ray's folder: its processes write until they are gone, a moment after the shutdown."""
+    deadline = time.monotonic() + 10
+    while folder.exists() and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager
@@ -218,11 +228,27 @@ def train(recipe: Recipe, storage: str, name: str, num_workers: int | None, on_e
     )
     with _forward(mailbox, on_event):
         try:
-            result = trainer.fit()
+            result = _interruptible(trainer.fit)
         except ray.train.TrainingFailedError as error:
             raise UserError(f"training failed after {_MAX_FAILURES} restarts: {_root_cause(error)}") from error
     assert result.checkpoint is not None, "a finished run has a checkpoint"
     return load_state(result.checkpoint)
+
+
+def _interruptible(fit: Callable[[], ray.train.Result]) -> ray.train.Result:
+    """Run `fit` so that Ctrl-C reaches us: in the main thread, Ray Train would install a handler that swallows it."""
+    outcome: Future[ray.train.Result] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(fit())
+        except BaseException as error:  # handed on to the waiting thread, whatever it is
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="meanet-fit", daemon=True).start()
+    while True:
+        with contextlib.suppress(TimeoutError):
+            return outcome.result(timeout=0.5)
 
 
 def _root_cause(error: BaseException) -> str:
