@@ -3,14 +3,17 @@ VENV   ?= .venv
 PYTHON ?= python3
 ARGS   ?=
 
-PINS   := $(shell cat constraints.txt pyproject.toml | sha256sum | cut -c1-16)
+# What the environment holds: the pins, and the dependencies that pyproject.toml names (not its tools' settings).
+NEEDS  := import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
+          print(p["project"]["dependencies"], p["project"]["optional-dependencies"], p["build-system"])
+PINS   := $(shell (cat constraints.txt; $(PYTHON) -c '$(NEEDS)') | sha256sum | cut -c1-16)
 HERE   := $(shell printf '%s' '$(CURDIR)' | sha256sum | cut -c1-16)
 DEPS   := $(VENV)/.dependencies-$(PINS)
 READY  := $(VENV)/.installed-$(PINS)-$(HERE)
 RUN    := $(VENV)/bin/python
 PIP    := --quiet --disable-pip-version-check
 
-.PHONY: demo test check lint types serve mlflow bench clean
+.PHONY: demo test check lint types serve mlflow bench clean pins
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -38,10 +41,13 @@ mlflow: $(READY)
 bench: $(READY)
 	$(RUN) -m benchmarks.digits_seeds $(ARGS)
 
+pins:
+	@echo $(PINS)
+
 clean:
 	rm -rf outputs .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-$(DEPS): constraints.txt pyproject.toml
+$(DEPS):
 	@echo "setting up $(VENV): about 6 GB once unpacked, some minutes"
 	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install $(PIP) -c constraints.txt --upgrade pip setuptools
