@@ -37,6 +37,8 @@ class Flags:
     """Data-parallel workers; one per two CPUs of the cluster if not given."""
     storage: str | None = None
     """Where checkpoints go: a path or s3:// that every node can write; the run's folder if not given."""
+    force: bool = False
+    """Replace a champion of another recipe."""
     json: bool = False
     """Print report.json instead of the table."""
 
@@ -49,6 +51,7 @@ class Demo:
         self.recipe: Recipe = flags.recipe
         check(self.recipe, load_splits(self.recipe))  # find mistakes before an earlier run is replaced
         self.tracker = Tracker(environment.tracking_uri)
+        self.tracker.check_champion(self.recipe.name, force=flags.force)
 
     def all_stages(self) -> dict[str, Any]:
         """Run what is left; returns the report."""
@@ -85,7 +88,7 @@ class Demo:
     def _register(self, found: Search) -> None:
         model = artifact.load(self.run.model).with_operating_point(found.chosen)
         version = self.tracker.register(model, self._mlflow_run)
-        self.tracker.promote(version, force=True)  # the demo's own store, or the user's word: it replaces the champion
+        self.tracker.promote(version, force=self.flags.force)
         self.run.record.version = version
         _progress.say(f"  meanet version {version} is candidate, then champion")
 

@@ -1,5 +1,6 @@
 """The commands with a user's mistakes: each names the value and the remedy, without a stack trace."""
 
+import dataclasses
 import importlib
 import json
 import shutil
@@ -15,6 +16,7 @@ import pytest
 from meanet import artifact
 from meanet.artifact import TrainedModel
 from meanet.evaluation import ExitsTable
+from meanet.tracking import Tracker
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,20 @@ def test_unreachable_mlflow_keeps_what_was_finished(job: Job, folder: Path) -> N
     assert done.returncode == 1
     assert "http://127.0.0.1:1 does not answer" in done.stderr
     assert (folder / "outputs" / "digits" / "model" / "model.json").exists()
+
+
+def test_demo_refuses_to_replace_a_champion_of_another_recipe(
+    job: Job, folder: Path, tmp_path: Path, model: TrainedModel
+) -> None:
+    """Before it has trained anything."""
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    tracker = Tracker(store)
+    other = dataclasses.replace(model, recipe=dataclasses.replace(model.recipe, name="other"))
+    tracker.promote(tracker.register(other, tracker.start_run("r", {}, {})))
+    done = job("jobs.demo", "digits", "--output", str(tmp_path / "demo"), MLFLOW_TRACKING_URI=store)
+    assert done.returncode == 1
+    assert "is of recipe 'other' and the new one of 'digits': add --force" in done.stderr
+    assert not (tmp_path / "demo").exists()
 
 
 def test_checkpoint_of_another_recipe(job: Job, folder: Path) -> None:

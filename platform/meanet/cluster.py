@@ -57,6 +57,7 @@ def ray_cluster(address: str | None) -> Iterator[str]:
             stack.callback(_remove, folder)
             options: dict[str, Any] = {
                 "address": "local",
+                "num_cpus": max(2, os.cpu_count() or 1),  # edge and cloud replica take one each
                 "include_dashboard": False,
                 "object_store_memory": _OBJECT_STORE_BYTES,
                 "_temp_dir": str(folder),

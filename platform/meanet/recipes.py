@@ -7,7 +7,11 @@ from meanet.errors import UserError
 
 
 def digits() -> Recipe:
-    """scikit-learn's digits (1,797 scans, 8x8, 10 classes): the whole life of a model in minutes on a laptop."""
+    """scikit-learn's digits (1,797 scans, 8x8, 10 classes): the whole life of a model in minutes on a laptop.
+
+    Widths, epochs and the share of validation images were chosen on validation alone, with the operating point
+    cross-fitted in five folds, over seeds 20 to 27.
+    """
     return Recipe(
         name="digits",
         data=DataConfig(source="digits", validation_fraction=0.34, test_fraction=0.26, crop_padding=1),

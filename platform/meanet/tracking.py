@@ -177,19 +177,28 @@ class Tracker:
         """The run that made a version."""
         return str(self._client.get_model_version(MODEL, str(version)).run_id)
 
+    def check_champion(self, recipe: str, *, force: bool = False) -> ModelVersion | None:
+        """The champion, if there is one.
+
+        Raises:
+            UserError: it is of another recipe and `force` is not set.
+        """
+        current = self._champion()
+        if current and current.tags.get("recipe") != recipe and not force:
+            raise UserError(
+                f"the champion (version {current.version}) is of recipe {current.tags.get('recipe')!r} and the new one "
+                f"of {recipe!r}: add --force to replace it all the same"
+            )
+        return current
+
     def promote(self, version: int, *, force: bool = False) -> int | None:
         """Make a version the champion; returns the version that it replaces, if any.
 
         Raises:
             UserError: the champion is of another recipe and `force` is not set.
         """
-        current = self._champion()
         ours = self._client.get_model_version(MODEL, str(version))
-        if current and current.tags.get("recipe") != ours.tags.get("recipe") and not force:
-            raise UserError(
-                f"the champion (version {current.version}) is of recipe {current.tags.get('recipe')!r} and version "
-                f"{version} of {ours.tags.get('recipe')!r}: add --force to replace it all the same"
-            )
+        current = self.check_champion(str(ours.tags.get("recipe")), force=force)
         if current and int(current.version) == version:
             return version
         if current:
