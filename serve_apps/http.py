@@ -3,11 +3,12 @@
 from collections.abc import AsyncGenerator
 from typing import Any, Literal
 
-import pyarrow as pa
 from fastapi import HTTPException, Request
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+
+from serve_apps.arrow import images_of
 
 MAX_IMAGE_BYTES = 8 * 2**20
 MAX_BATCH_BYTES = 64 * 2**20
@@ -155,15 +156,9 @@ async def read_images(request: Request) -> list[bytes]:
 
 def _from_arrow(body: bytes) -> list[bytes]:
     try:
-        with pa.ipc.open_stream(body) as reader:
-            column = reader.read_all()["image"]
-            column.validate(full=True)
-            images = column.cast(pa.binary()).to_pylist()
-    except (pa.ArrowException, KeyError, OSError, ValueError) as error:
-        raise HTTPException(
-            422, f"the body is no Arrow IPC stream with a binary column `image`: {type(error).__name__}"
-        ) from error
-    return [image or b"" for image in images]
+        return images_of(body, MAX_BATCH_IMAGES)
+    except ValueError as error:
+        raise HTTPException(422, f"the body's Arrow IPC stream is refused: {error}") from error
 
 
 async def _from_multipart(request: Request, body: bytes) -> list[bytes]:
