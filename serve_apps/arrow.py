@@ -11,36 +11,43 @@ _RECORD_BATCH = 3
 _PLAIN = (pa.binary(), pa.large_binary())
 
 
+class Refused(ValueError):
+    """A stream that is not taken; the message says why."""
+
+
 def images_of(body: bytes, limit: int) -> list[bytes]:
     """The values of the column `image`, in order; empty bytes where it is null.
 
     Raises:
-        ValueError: no whole stream, no such plain column, compressed, or more than `limit` rows.
+        Refused: no whole stream, no such plain column, compressed, or more than `limit` rows.
     """
-    _refuse_compression(body)
-    images: list[bytes] = []
     try:
-        with pa.ipc.open_stream(body) as reader:
-            if "image" not in reader.schema.names or reader.schema.field("image").type not in _PLAIN:
-                raise ValueError("there is no column `image` of type binary")
-            for batch in reader:
-                if len(images) + batch.num_rows > limit:
-                    raise ValueError(f"there are more than {limit} images")
-                column = batch.column("image")
-                column.validate(full=True)
-                images += [image or b"" for image in column.to_pylist()]
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"it is no whole Arrow IPC stream ({type(error).__name__})") from error
-    return images
+        _refuse_compression(body)
+        return _read(body, limit)
+    except Refused:
+        raise
+    except Exception as error:  # pyarrow raises many kinds over damaged bytes: each means the same
+        raise Refused(f"it is no whole Arrow IPC stream ({type(error).__name__})") from error
 
 
 def _refuse_compression(body: bytes) -> None:
-    try:
-        for message in pa.ipc.MessageReader.open_stream(body):
-            if message.type == "dictionary" or _is_compressed(message.metadata.to_pybytes()):
-                raise ValueError("compressed or dictionary-encoded batches are not taken: send plain ones")
-    except (pa.ArrowException, OSError, struct.error) as error:
-        raise ValueError(f"it is no whole Arrow IPC stream ({type(error).__name__})") from error
+    for message in pa.ipc.MessageReader.open_stream(body):
+        if message.type == "dictionary" or _is_compressed(message.metadata.to_pybytes()):
+            raise Refused("compressed or dictionary-encoded batches are not taken: send plain ones")
+
+
+def _read(body: bytes, limit: int) -> list[bytes]:
+    images: list[bytes] = []
+    with pa.ipc.open_stream(body) as reader:
+        if "image" not in reader.schema.names or reader.schema.field("image").type not in _PLAIN:
+            raise Refused("there is no column `image` of type binary")
+        for batch in reader:
+            if len(images) + batch.num_rows > limit:
+                raise Refused(f"there are more than {limit} images")
+            column = batch.column("image")
+            column.validate(full=True)
+            images += [image or b"" for image in column.to_pylist()]
+    return images
 
 
 def _is_compressed(metadata: bytes) -> bool:
