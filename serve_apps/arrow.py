@@ -11,7 +11,7 @@ _RECORD_BATCH = 3
 _PLAIN = (pa.binary(), pa.large_binary())
 
 
-class Refused(ValueError):
+class RefusedError(ValueError):
     """A stream that is not taken; the message says why."""
 
 
@@ -19,31 +19,31 @@ def images_of(body: bytes, limit: int) -> list[bytes]:
     """The values of the column `image`, in order; empty bytes where it is null.
 
     Raises:
-        Refused: no whole stream, no such plain column, compressed, or more than `limit` rows.
+        RefusedError: no whole stream, no such plain column, compressed, or more than `limit` rows.
     """
     try:
         _refuse_compression(body)
         return _read(body, limit)
-    except Refused:
+    except RefusedError:
         raise
     except Exception as error:  # pyarrow raises many kinds over damaged bytes: each means the same
-        raise Refused(f"it is no whole Arrow IPC stream ({type(error).__name__})") from error
+        raise RefusedError(f"it is no whole Arrow IPC stream ({type(error).__name__})") from error
 
 
 def _refuse_compression(body: bytes) -> None:
     for message in pa.ipc.MessageReader.open_stream(body):
         if message.type == "dictionary" or _is_compressed(message.metadata.to_pybytes()):
-            raise Refused("compressed or dictionary-encoded batches are not taken: send plain ones")
+            raise RefusedError("compressed or dictionary-encoded batches are not taken: send plain ones")
 
 
 def _read(body: bytes, limit: int) -> list[bytes]:
     images: list[bytes] = []
     with pa.ipc.open_stream(body) as reader:
         if "image" not in reader.schema.names or reader.schema.field("image").type not in _PLAIN:
-            raise Refused("there is no column `image` of type binary")
+            raise RefusedError("there is no column `image` of type binary")
         for batch in reader:
             if len(images) + batch.num_rows > limit:
-                raise Refused(f"there are more than {limit} images")
+                raise RefusedError(f"there are more than {limit} images")
             column = batch.column("image")
             column.validate(full=True)
             images += [image or b"" for image in column.to_pylist()]

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from serve_apps.arrow import Refused, images_of
+from serve_apps.arrow import RefusedError, images_of
 
 MAX_IMAGE_BYTES = 8 * 2**20
 MAX_BATCH_BYTES = 64 * 2**20
@@ -157,7 +157,7 @@ async def read_images(request: Request) -> list[bytes]:
 def _from_arrow(body: bytes) -> list[bytes]:
     try:
         return images_of(body, MAX_BATCH_IMAGES)
-    except Refused as error:
+    except RefusedError as error:
         raise HTTPException(422, f"the body's Arrow IPC stream is refused: {error}") from error
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_apps.arrow import Refused, images_of
+from serve_apps.arrow import RefusedError, images_of
 
 IMAGES = [b"one", b"", b"three" * 100]
 
@@ -42,7 +42,7 @@ def test_plain_columns_keep_order(kind: pa.DataType) -> None:
     ],
 )
 def test_others_are_refused(body: bytes, says: str) -> None:
-    with pytest.raises(Refused, match=says):
+    with pytest.raises(RefusedError, match=says):
         images_of(body, 10)
 
 
@@ -54,6 +54,6 @@ def test_mutations_never_raise_anything_else(data: st.DataObject) -> None:
         body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
     try:
         images = images_of(bytes(body), 10)
-    except Refused:
+    except RefusedError:
         return
     assert sum(map(len, images)) <= len(body)
