@@ -75,7 +75,8 @@ def classify_all(url: str, splits: Splits, table: ExitsTable, found: Search) -> 
     """Send every test image over HTTP and compare the answers with the replayed exits table."""
     test, rows = table.exits("test"), table.index("test")
     expected = route(test.main_logits, test.extension_logits, test.cloud_pred, Policy.from_dict(found.chosen))
-    bodies = [encode_png(splits.table.images[row]) for row in rows]
+    batches = splits.table.batches(rows, splits.table.evaluation_batch)
+    bodies = [encode_png(image) for images in batches for image in images]
     with httpx.Client(base_url=url, timeout=30) as client, ThreadPoolExecutor(_CONNECTIONS) as pool:
         started = time.perf_counter()
         answers = list(pool.map(lambda body: _classify(client, body), bodies))

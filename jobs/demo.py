@@ -14,7 +14,7 @@ from jobs import _cli, _progress, _server
 from jobs._run import RunFolder
 from jobs.evaluate import evaluate
 from jobs.sweep import sweep
-from jobs.train import load_splits, train
+from jobs.train import load_splits, shared_bytes, train
 from meanet import artifact, cluster, plots, report
 from meanet.config import Recipe
 from meanet.errors import UserError, exit_on_user_error
@@ -49,13 +49,14 @@ class Demo:
     def __init__(self, flags: Flags, environment: _cli.Environment) -> None:
         self.flags, self.environment = flags, environment
         self.recipe: Recipe = flags.recipe
-        check(self.recipe, load_splits(self.recipe))  # find mistakes before an earlier run is replaced
+        self.splits = load_splits(self.recipe)
+        check(self.recipe, self.splits)  # find mistakes before an earlier run is replaced
         self.tracker = Tracker(environment.tracking_uri)
         self.tracker.check_champion(self.recipe.name, force=flags.force)
 
     def all_stages(self) -> dict[str, Any]:
         """Run what is left; returns the report."""
-        with cluster.ray_cluster(self.environment.ray_address) as address:
+        with cluster.ray_cluster(self.environment.ray_address, shared_bytes(self.splits)) as address:
             self.run = RunFolder.begin(self.flags.output, self.recipe, self.environment.tracking_uri, goal="report")
             if not self.run.done("train"):
                 with self.run.stage("train"):
@@ -95,9 +96,8 @@ class Demo:
     def _serve(self, table: ExitsTable, found: Search, address: str) -> None:
         version = self.run.record.version
         assert version is not None, "register comes before serve"
-        splits = load_splits(self.recipe)
         with _server.serving(version, address, self.run.root, self.environment.tracking_uri) as url:
-            http = _server.classify_all(url, splits, table, found)
+            http = _server.classify_all(url, self.splits, table, found)
         self.run.record.http = http
         _progress.say(f"  {http['images']} test images over HTTP, {http['mismatches']} unlike the exits table")
         if http["mismatches"]:

@@ -3,9 +3,10 @@
 Joins the cluster in RAY_ADDRESS or starts a local one. Run again after an interruption, it goes on where it stopped.
 """
 
+import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from jobs import _cli, _progress
 from jobs._run import RunFolder
 from meanet import artifact, cluster, data
 from meanet.artifact import TrainedModel
-from meanet.config import Recipe
-from meanet.data import Splits
+from meanet.config import DataConfig, Recipe
+from meanet.data import ImageTable, Splits
 from meanet.errors import UserError, exit_on_user_error
 from meanet.loop import State
 from meanet.tracking import Tracker
@@ -43,12 +44,20 @@ def train(run: RunFolder, recipe: Recipe, tracker: Tracker, workers: int | None,
     if run.record.mlflow_run is None:
         run.record.mlflow_run = tracker.start_run(f"{recipe.name}-{run.record.id}", recipe.to_dict(), _tags(run))
         tracker.log_dataset(run.record.mlflow_run, splits.table)
+        skipped = splits.table.skipped
+        tracker.log_text(run.record.mlflow_run, json.dumps(asdict(skipped)), "skipped_rows.json")
         run.save()
     log = _PhaseLog(run, recipe, tracker)
     total = recipe.main.epochs + recipe.extension.epochs + recipe.cloud.epochs
     show = _progress.TrainingProgress(total)
-    place = storage or str((run.root / "train").absolute())
-    state = cluster.train(recipe, place, run.record.id, workers, _both(show, log.on_event))
+    state = cluster.train(
+        recipe,
+        splits,
+        storage=storage or str((run.root / "train").absolute()),
+        name=run.record.id,
+        num_workers=workers,
+        on_event=_both(show, log.on_event),
+    )
     log.complete(state)
     model = artifact.from_state(state, splits)
     artifact.save(model, run.model)
@@ -56,8 +65,21 @@ def train(run: RunFolder, recipe: Recipe, tracker: Tracker, workers: int | None,
 
 
 def load_splits(recipe: Recipe) -> Splits:
-    """The recipe's images, divided by its seed."""
-    return data.divide(data.load(recipe.data.source), recipe.data, recipe.seed)
+    """The recipe's images, divided by its seed; what could not be used is said once."""
+    return _load(recipe.data, recipe.seed)
+
+
+@functools.lru_cache(maxsize=1)
+def _load(config: DataConfig, seed: int) -> Splits:
+    table = data.load(config)
+    for line in table.skipped.lines():
+        _progress.say(f"  skipped {line}")
+    return data.divide(table, config, seed)
+
+
+def shared_bytes(splits: Splits) -> int:
+    """What workers share through the object store: the pixels of a set in memory."""
+    return splits.table.num_bytes if isinstance(splits.table, ImageTable) else 0
 
 
 def _tags(run: RunFolder) -> dict[str, str]:
@@ -126,9 +148,10 @@ def main() -> None:
     if flags.workers is not None and flags.workers < 1:
         raise UserError(f"--workers is {flags.workers}: it must be 1 or more")
     output = flags.output or Path("outputs") / recipe.name
-    check(recipe, load_splits(recipe))  # every mistake that can be found is found before an earlier run is replaced
+    splits = load_splits(recipe)
+    check(recipe, splits)  # every mistake that can be found is found before an earlier run is replaced
     tracker = Tracker(environment.tracking_uri)
-    with cluster.ray_cluster(environment.ray_address):
+    with cluster.ray_cluster(environment.ray_address, shared_bytes(splits)):
         run = RunFolder.begin(output, recipe, environment.tracking_uri, goal="train")
         with run.stage("train"):
             model = train(run, recipe, tracker, flags.workers, flags.storage)

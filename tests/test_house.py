@@ -20,7 +20,7 @@ ALLOWED = {
     "serve_apps": {"serve_apps", "meanet"},
 }
 HOMES = {
-    "ray": {"meanet.cluster"},
+    "ray": {"meanet.cluster", "meanet.streaming"},
     "mlflow": {"meanet.tracking"},
     "boto3": {"meanet.storage"},
     "pyarrow.fs": {"meanet.storage"},

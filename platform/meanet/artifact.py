@@ -27,7 +27,7 @@ from meanet.models import macs_of
 from meanet.preprocessing import Preprocessing
 from meanet.routing import Policy
 from meanet.storage import write_text
-from meanet.training import Networks, build_networks
+from meanet.training import Networks, build_networks, preprocessing_of
 
 FORMAT = 1
 EDGE, CLOUD, MODEL, OPERATING_POINT = "edge.safetensors", "cloud.safetensors", "model.json", "operating_point.json"
@@ -82,7 +82,7 @@ def from_state(state: State, splits: Splits) -> TrainedModel:
     """The model of a finished training run over these splits."""
     assert state.finished, "an unfinished run has no model"
     recipe = Recipe.from_dict(state.recipe)
-    preprocessing = Preprocessing.of(splits.table.take(splits.train))
+    preprocessing = preprocessing_of(recipe, splits)
     networks = build_networks(recipe, preprocessing.image_shape, splits.table.num_classes)
     for name, weights in state.weights.items():
         networks.trained[name].load_state_dict(weights)

@@ -24,14 +24,15 @@ import ray.train
 import torch
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, prepare_model
+from ray.train.torch import TorchTrainer, get_device, prepare_model
 from torch import nn
 
-from meanet import data
 from meanet.config import Recipe
+from meanet.data import ImageTable, Splits
 from meanet.errors import UserError
 from meanet.loop import Epoch, State, Worker
-from meanet.training import Trainer
+from meanet.streaming import streaming_feed
+from meanet.training import Trainer, resident_feed
 
 OnEvent = Callable[[dict[str, Any]], None]
 _OBJECT_STORE_BYTES = 200 * 2**20
@@ -40,8 +41,12 @@ _MAX_FAILURES = 3
 
 
 @contextlib.contextmanager
-def ray_cluster(address: str | None) -> Iterator[str]:
+def ray_cluster(address: str | None, shared_bytes: int = 0) -> Iterator[str]:
     """A cluster to run on: the one at `address`, or a local one on free ports that ends with the block.
+
+    Args:
+        address: of a running cluster.
+        shared_bytes: what workers will share in a local one's object store, beside what is passed on its way.
 
     Yields:
         The address under which other processes join it.
@@ -59,7 +64,7 @@ def ray_cluster(address: str | None) -> Iterator[str]:
                 "address": "local",
                 "num_cpus": max(2, os.cpu_count() or 1),  # edge and cloud replica take one each
                 "include_dashboard": False,
-                "object_store_memory": _OBJECT_STORE_BYTES,
+                "object_store_memory": _OBJECT_STORE_BYTES + shared_bytes,
                 "_temp_dir": str(folder),
             }
         else:
@@ -128,6 +133,7 @@ class _RayWorker:
     def __init__(self, mailbox: Any) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.device: torch.device = get_device()
         self._mailbox = mailbox
 
     def wrap(self, module: nn.Module) -> nn.Module:
@@ -138,6 +144,11 @@ class _RayWorker:
         if self.world_size > 1:
             for buffer in module.buffers():
                 torch.distributed.broadcast(buffer, src=0)
+
+    def total(self, counts: torch.Tensor) -> torch.Tensor:
+        if self.world_size > 1:
+            torch.distributed.all_reduce(counts)
+        return counts
 
     def report(self, row: Epoch, state: State) -> None:
         metrics = asdict(row)
@@ -157,8 +168,9 @@ class _RayWorker:
 
 def _train_loop(config: dict[str, Any]) -> None:
     recipe = Recipe.from_dict(config["recipe"])
-    table = data.load(recipe.data.source)
-    splits = data.divide(table, recipe.data, recipe.seed)
+    splits: Splits = ray.get(
+        config["splits"]
+    )  # resident pixels stay where they are: every worker reads the same memory
     checkpoint = ray.train.get_checkpoint()
     state = load_state(checkpoint) if checkpoint else None
     worker = _RayWorker(config["mailbox"])
@@ -172,7 +184,8 @@ def _train_loop(config: dict[str, Any]) -> None:
         }
     )
     loop_worker: Worker = worker
-    Trainer(recipe, splits, loop_worker, state).run()
+    feed = resident_feed if isinstance(splits.table, ImageTable) else streaming_feed
+    Trainer(recipe, splits, loop_worker, state, feed).run()
 
 
 def save_state(state: State, folder: Path) -> None:
@@ -183,40 +196,53 @@ def save_state(state: State, folder: Path) -> None:
 def load_state(checkpoint: Checkpoint) -> State:
     """Read a state; `weights_only` refuses anything that would unpickle code."""
     with checkpoint.as_directory() as folder:
-        return State(**torch.load(Path(folder) / _STATE, weights_only=True))
+        return State(**torch.load(Path(folder) / _STATE, weights_only=True, map_location="cpu"))
 
 
 def _cluster_cpus() -> int:
     return int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
 
 
-def default_workers() -> int:
-    """One worker per two CPUs of the cluster, at least one."""
-    return max(1, _cluster_cpus() // 2)
+def _scaling(num_workers: int | None, *, streaming: bool) -> ScalingConfig:
+    """Workers and their CPUs; a streamed set leaves some to decode it."""
+    cpus, gpus = _cluster_cpus(), int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
+    workers = num_workers or (gpus or max(1, cpus // 2))
+    kept = 1 if streaming else 0
+    if workers > cpus - kept:
+        raise UserError(
+            f"{workers} workers asked for and the cluster has {cpus} CPUs"
+            + (", one of which must stay free to decode a streamed set" if streaming else "")
+            + ": lower --workers or add nodes"
+        )
+    return ScalingConfig(
+        num_workers=workers,
+        use_gpu=0 < workers <= gpus,
+        resources_per_worker={"CPU": min(2, (cpus - kept) // workers)},
+    )
 
 
-def train(recipe: Recipe, storage: str, name: str, num_workers: int | None, on_event: OnEvent) -> State:
+def train(
+    recipe: Recipe, splits: Splits, *, storage: str, name: str, num_workers: int | None, on_event: OnEvent
+) -> State:
     """Train all phases on the connected cluster; the same name and storage go on where they stopped.
 
     Args:
         recipe: what to train.
+        splits: its images, divided.
         storage: absolute path or s3:// that every node can write.
         name: the run's name below `storage`.
-        num_workers: data-parallel workers; `default_workers()` if None.
+        num_workers: data-parallel workers; one a GPU, or one per two CPUs if None.
         on_event: called in this process with `start` and `epoch` events as they arrive.
 
     Raises:
         UserError: more workers than CPUs; or training failed for good.
     """
-    workers = num_workers or default_workers()
-    cpus = _cluster_cpus()
-    if workers > cpus:
-        raise UserError(f"{workers} workers asked for and the cluster has {cpus} CPUs: lower --workers or add nodes")
+    scaling = _scaling(num_workers, streaming=not isinstance(splits.table, ImageTable))
     mailbox = ray.remote(_Mailbox).options(num_cpus=0).remote()
     trainer = TorchTrainer(
         _train_loop,
-        train_loop_config={"recipe": recipe.to_dict(), "mailbox": mailbox},
-        scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": min(2, cpus // workers)}),
+        train_loop_config={"recipe": recipe.to_dict(), "mailbox": mailbox, "splits": ray.put(splits)},
+        scaling_config=scaling,
         run_config=RunConfig(
             name=name,
             storage_path=storage,

@@ -12,6 +12,12 @@ Gate = Literal["main_entropy", "max_softmax", "margin"]
 Join = Literal["concat", "sum"]
 Schedule = Literal["one_cycle", "steps"]
 Payload = Literal["png", "raw"]
+Precision = Literal["float32", "bfloat16"]
+Feeding = Literal["auto", "resident", "streaming"]
+Backbone = Literal["residual", "resnet18", "mobilenet_v2"]
+CloudBackbone = Literal["residual", "resnet18", "resnet101"]
+Stem = Literal["3x3", "7x7"]
+SplitMethod = Literal["lowest_precision", "lowest_recall", "confusion_pairs", "random"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -24,13 +30,30 @@ class DataConfig:
     """Which images, and how they are divided."""
 
     source: str = "digits"
-    """Where the images come from, as a source's URI: `digits`."""
+    """Where the images come from: `digits`, `cifar100[:FOLDER]`, `folder:PATH` or `parquet:PATH`; PATH may be s3://."""
+    test_source: str | None = None
+    """Where the test images come from, as `source`; a share of `source` is set aside if not given."""
     validation_fraction: float = 0.2
-    """Share of all images on which classes, thresholds and everything else are chosen, 0..1."""
+    """Share of `source` on which classes, thresholds and everything else are chosen, 0..1."""
     test_fraction: float = 0.26
-    """Share of all images that are only reported on, 0..1."""
+    """Share of `source` that is only reported on, 0..1; unused where a test source is given (or `cifar100`'s own)."""
+    image_column: str | None = None
+    """Column of a Parquet source with the encoded images; the only such column if not given."""
+    label_column: str | None = None
+    """Column of a Parquet source with integer labels; `label`, `fine_label` or the only integer one if not given."""
+    image_size: int | None = None
+    """Side in pixels that images are brought to (shorter side scaled to 8/7 of it, centre cut out); None = their own,
+    which must then be one size."""
+    channels: Literal[1, 3] | None = None
+    """1 = grey, 3 = RGB; what most images have if not given. Images of another mode count as bad."""
+    max_bad_fraction: float = 0.01
+    """Share of unusable images (undecodable, wrong mode, no label, ...) that may be skipped, 0..1; more is an error."""
+    feed: Feeding = "auto"
+    """resident: decoded once and kept in memory; streaming: decoded by Ray Data as needed; auto: by size."""
     crop_padding: int = 0
     """Random-crop padding while training, pixels on each side; 0 = none."""
+    min_crop_area: float = 1.0
+    """Random-resized-crop while training: smallest share of an image's area that is cut out, 0..1; 1 = none."""
     flip: bool = False
     """Random horizontal flips while training."""
 
@@ -41,6 +64,16 @@ class DataConfig:
         total = self.validation_fraction + self.test_fraction
         _require(total < 1, f"validation and test take {total:.2f} of the images: leave some to train on")
         _require(self.crop_padding >= 0, f"data.crop_padding is {self.crop_padding}: it must be 0 or more pixels")
+        area, bad = self.min_crop_area, self.max_bad_fraction
+        _require(0 < area <= 1, f"data.min_crop_area is {area}: it is a share, above 0 and at most 1 (1 = no cropping)")
+        _require(0 <= bad <= 1, f"data.max_bad_fraction is {bad}: it is a share, 0..1")
+        size = self.image_size
+        _require(size is None or size > 0, f"data.image_size is {size}: it must be 1 or more pixels")
+
+    @property
+    def augmented(self) -> bool:
+        """Whether training sees an image differently each time."""
+        return self.crop_padding > 0 or self.flip or self.min_crop_area < 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,56 +96,100 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The edge's three blocks and the cloud's network, all residual networks of basic blocks (MEANet, section III)."""
+    """The edge's three blocks and the cloud's network (MEANet, section III)."""
 
+    backbone: Backbone = "residual"
+    """Main block: `residual` = stages of basic blocks as given below; else torchvision's network of that name."""
+    pretrained: bool = False
+    """Start the main block from torchvision's ImageNet weights (not with `residual`)."""
+    stem: Stem = "3x3"
+    """First convolution of the residual blocks: 3x3 (CIFAR), or 7x7 at stride 2 and a max-pool (ImageNet)."""
     stem_width: int = 16
-    """Channels of the main block's 3x3 stem."""
+    """Channels of the main block's stem."""
     main: tuple[StageConfig, ...] = ()
-    """Stages of the main block."""
+    """Stages of a residual main block."""
     main_pool: int = 8
-    """Side of the average pooling before the main exit, in cells of the last feature map."""
+    """Side of the average pooling before a residual main block's exit, in cells of the last feature map."""
     adaptive_stem_width: int = 16
-    """Channels of the adaptive block's 3x3 stem."""
+    """Channels of the adaptive block's stem."""
     adaptive: tuple[StageConfig, ...] = ()
-    """Stages of the adaptive block; its feature map must have the main block's shape."""
+    """Stages of the adaptive block; its feature map must have the main block's shape. None for mobilenet_v2, which has
+    an adaptive and an extension block of its own kind."""
     extension: tuple[StageConfig, ...] = ()
     """Stages of the extension block."""
     join: Join = "concat"
     """How main and adaptive features meet: along channels, or added."""
+    cloud_backbone: CloudBackbone = "residual"
+    """Cloud network: `residual` = stages of basic blocks as given below; else torchvision's network of that name."""
+    cloud_pretrained: bool = False
+    """Start the cloud network from torchvision's ImageNet weights (not with `residual`, nor with a 3x3 stem)."""
+    cloud_stem: Stem = "3x3"
+    """First convolution of the cloud network."""
     cloud_stem_width: int = 64
-    """Channels of the cloud network's 3x3 stem."""
+    """Channels of a residual cloud network's stem."""
     cloud: tuple[StageConfig, ...] = ()
-    """Stages of the cloud network."""
+    """Stages of a residual cloud network."""
 
     def __post_init__(self) -> None:
-        for name in ("main", "adaptive", "extension", "cloud"):
-            _require(len(getattr(self, name)) > 0, f"model.{name} has no stages: give it one or more")
+        own = self.backbone == "mobilenet_v2"
+        needed = {
+            "main": self.backbone == "residual",
+            "adaptive": not own,
+            "extension": not own,
+            "cloud": self.cloud_backbone == "residual",
+        }
+        for name, wanted in needed.items():
+            given = len(getattr(self, name)) > 0
+            _require(given or not wanted, f"model.{name} has no stages: give it one or more")
+            backbone = self.cloud_backbone if name == "cloud" else self.backbone
+            _require(wanted or not given, f"model.{name} has stages, which {backbone} does not take: give none")
         _require(self.main_pool > 0, f"model.main_pool is {self.main_pool}: it must be 1 or more")
-        ours, theirs = self.main[-1].width, self.adaptive[-1].width
+        self._check_pretrained()
+        if self.backbone == "residual":
+            ours, theirs = self.main[-1].width, self.adaptive[-1].width
+            _require(
+                ours == theirs, f"the adaptive block ends with {theirs} channels and the main block with {ours}: match"
+            )
+
+    def _check_pretrained(self) -> None:
         _require(
-            ours == theirs, f"the adaptive block ends with {theirs} channels and the main block with {ours}: match"
+            not (self.pretrained and self.backbone == "residual"),
+            "model.pretrained: a residual main block has no published weights; choose resnet18 or mobilenet_v2",
+        )
+        _require(
+            not (self.cloud_pretrained and (self.cloud_backbone == "residual" or self.cloud_stem == "3x3")),
+            "model.cloud_pretrained: published weights are those of resnet18 and resnet101 with the 7x7 stem",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig:
-    """Which classes are hard (MEANet, section IV: the lowest validation precision of the main exit)."""
+    """Which classes are hard, chosen on a validation pass of the main exit (MEANet, section IV)."""
 
-    num_hard_classes: int = 5
-    """H, the number of hard classes; 1 to C - 1."""
+    num_hard_classes: int | None = None
+    """H, the number of hard classes, 1 to C - 1; None = C / 2, as the authors chose."""
+    method: SplitMethod = "lowest_precision"
+    """lowest_precision: the paper's; lowest_recall; confusion_pairs: most confused pairs of classes stay together among
+    the hard ones; random: a control."""
 
-    def check(self, num_classes: int) -> None:
-        """Raise UserError unless 1 <= H <= C - 1."""
+    def size(self, num_classes: int) -> int:
+        """H for C classes.
+
+        Raises:
+            UserError: unless 1 <= H <= C - 1.
+        """
+        hard = num_classes // 2 if self.num_hard_classes is None else self.num_hard_classes
         _require(
-            0 < self.num_hard_classes < num_classes,
-            f"split.num_hard_classes is {self.num_hard_classes} of {num_classes} classes: "
+            0 < hard < num_classes,
+            f"split.num_hard_classes is {hard} of {num_classes} classes: "
             f"choose 1 to {num_classes - 1}, so that both easy and hard classes exist",
         )
+        return hard
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
-    """How one phase is trained: SGD with Nesterov momentum."""
+    """How one phase is trained: stochastic gradient descent with momentum."""
 
     epochs: int = 10
     """Passes over the phase's samples."""
@@ -122,6 +199,8 @@ class PhaseConfig:
     """Peak (one_cycle) or initial (steps) learning rate."""
     momentum: float = 0.9
     """SGD's momentum."""
+    nesterov: bool = True
+    """Nesterov's form of it."""
     weight_decay: float = 1e-4
     """L2 penalty on the weights."""
     label_smoothing: float = 0.0
@@ -132,6 +211,8 @@ class PhaseConfig:
     """Epochs at which `steps` lowers the rate."""
     gamma: float = 0.1
     """Factor of `steps` at a milestone."""
+    max_steps: int | None = None
+    """Steps an epoch at most, to try things out; None = all samples."""
 
     def __post_init__(self) -> None:
         _require(self.epochs > 0, f"epochs is {self.epochs}: train for 1 or more")
@@ -139,6 +220,7 @@ class PhaseConfig:
         _require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}: it must be above 0")
         _require(0 <= self.momentum < 1, f"momentum is {self.momentum}: it must lie in 0..1, 1 excluded")
         _require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}: it must be 0 or more")
+        _require(self.max_steps is None or self.max_steps > 0, f"max_steps is {self.max_steps}: it must be 1 or more")
         _require(0 <= self.label_smoothing < 1, f"label_smoothing is {self.label_smoothing}: it must lie in 0..1")
 
 
@@ -177,6 +259,8 @@ class Recipe:
     """The recipe's name; a checkpoint of one recipe is not another's."""
     seed: int = 0
     """Seeds the data's division, the weights and the order of samples."""
+    precision: Precision = "float32"
+    """Of training's convolutions and products: bfloat16 = automatic mixed precision in channels-last layout."""
     data: DataConfig
     """Images."""
     model: ModelConfig

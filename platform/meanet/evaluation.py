@@ -15,7 +15,7 @@ import torch
 
 from meanet.artifact import TrainedModel
 from meanet.config import Payload, Recipe
-from meanet.data import ImageTable, Splits
+from meanet.data import Images, Splits
 from meanet.energy import CostModel, Macs, cost_model
 from meanet.errors import UserError
 from meanet.preprocessing import encode_png
@@ -24,7 +24,6 @@ from meanet.storage import read_parquet
 from meanet.thresholds import Exits
 
 _KEY = b"meanet"
-_BATCH = 512
 _COLUMNS = ("split", "index", "label", "main_logits", "extension_logits", "cloud_pred", "cloud_confidence")
 
 
@@ -46,9 +45,9 @@ def _reported(splits: Splits) -> list[tuple[str, Ints]]:
     return [("validation", splits.validation), ("test", splits.test)]
 
 
-def _exits_of(model: TrainedModel, table: ImageTable, split: str, rows: Ints) -> pa.Table:
+def _exits_of(model: TrainedModel, table: Images, split: str, rows: Ints) -> pa.Table:
     policy = Policy(hard_classes=model.hard_classes)
-    main_logits, extension_logits, cloud_logits = _logits(model, table.images[rows])
+    main_logits, extension_logits, cloud_logits, png_bytes = _run(model, table, rows)
     main, cloud = read_main(main_logits, policy), read(cloud_logits)
     extension = read_extension(extension_logits, policy)
     return pa.table(
@@ -64,8 +63,8 @@ def _exits_of(model: TrainedModel, table: ImageTable, split: str, rows: Ints) ->
             "extension_entropy": extension.entropy,
             "cloud_pred": cloud.pred,
             "cloud_confidence": cloud.confidence,
-            "upload_bytes_png": np.array([len(encode_png(image)) for image in table.images[rows]]),
-            "upload_bytes_raw": np.full(len(rows), table.images[0].nbytes),
+            "upload_bytes_png": png_bytes,
+            "upload_bytes_raw": np.full(len(rows), int(np.prod(table.image_shape))),
             "main_logits": _lists(main_logits),
             "extension_logits": _lists(extension_logits),
         }
@@ -73,16 +72,17 @@ def _exits_of(model: TrainedModel, table: ImageTable, split: str, rows: Ints) ->
 
 
 @torch.inference_mode()
-def _logits(model: TrainedModel, images: Any) -> tuple[Any, Any, Any]:
-    """(N, C), (N, H) and (N, C) logits of main, extension and cloud."""
-    main, extension, cloud = [], [], []
-    for start in range(0, len(images), _BATCH):
-        batch = torch.from_numpy(model.preprocessing.normalise(images[start : start + _BATCH]))
+def _run(model: TrainedModel, table: Images, rows: Ints) -> tuple[Any, Any, Any, Ints]:
+    """(N, C), (N, H) and (N, C) logits of main, extension and cloud, and (N,) bytes of each image as PNG."""
+    main, extension, cloud, png_bytes = [], [], [], []
+    for images in table.batches(rows, table.evaluation_batch):
+        png_bytes += [len(encode_png(image)) for image in images]
+        batch = torch.from_numpy(model.preprocessing.normalise(images))
         features, logits = model.networks.meanet.main(batch)
         main.append(logits.numpy())
         extension.append(model.networks.meanet.path(batch, features).numpy())
         cloud.append(model.networks.cloud(batch).numpy())
-    return np.concatenate(main), np.concatenate(extension), np.concatenate(cloud)
+    return np.concatenate(main), np.concatenate(extension), np.concatenate(cloud), np.array(png_bytes)
 
 
 def _lists(logits: Any) -> pa.FixedSizeListArray:

@@ -4,7 +4,7 @@ The loop knows no cluster: what surrounds it (one process, or a Ray Train worker
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from meanet.config import PhaseConfig
+from meanet.config import PhaseConfig, Precision
 from meanet.errors import UserError
-from meanet.feeds import ResidentFeed
+from meanet.feeds import Feed, Share
 
 PHASES = ("main", "extension", "cloud")
 
@@ -73,12 +73,16 @@ class Worker(Protocol):
 
     rank: int
     world_size: int
+    device: torch.device
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Make a module data-parallel."""
 
     def synchronise(self, module: nn.Module) -> None:
         """Give every worker the first one's buffers: batch-norm statistics drift apart between workers."""
+
+    def total(self, counts: Tensor) -> Tensor:
+        """Sum over all workers."""
 
     def report(self, row: Epoch, state: State) -> None:
         """An epoch is over: called by every worker, with the same state."""
@@ -90,8 +94,11 @@ class SingleProcess:
     rank = 0
     world_size = 1
 
-    def __init__(self, on_epoch: Callable[[Epoch, State], None] | None = None) -> None:
+    def __init__(
+        self, on_epoch: Callable[[Epoch, State], None] | None = None, device: torch.device | None = None
+    ) -> None:
         self._on_epoch = on_epoch
+        self.device = device or torch.device("cpu")
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Nothing to share gradients with."""
@@ -99,6 +106,10 @@ class SingleProcess:
 
     def synchronise(self, module: nn.Module) -> None:
         """Nothing to share buffers with."""
+
+    def total(self, counts: Tensor) -> Tensor:
+        """There is no other."""
+        return counts
 
     def report(self, row: Epoch, state: State) -> None:
         """Hand the epoch to the caller's function."""
@@ -112,15 +123,18 @@ class Phase:
 
     name: str
     config: PhaseConfig
+    precision: Precision
     module: nn.Module
-    forward: Callable[[nn.Module, Tensor], Tensor]
-    """(module, images) -> logits."""
-    train_index: Tensor
-    """Rows of the feed to train on."""
-    train_labels: Tensor
-    """Aligned with train_index."""
-    validation_images: Tensor
-    validation_labels: Tensor
+    forward: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    """(module, images, their rows) -> logits."""
+    labels: Tensor
+    """(N,) by row of the table; -1 for rows that this phase has no use for."""
+    train_rows: Tensor
+    """Rows to train on."""
+    validation_rows: Tensor
+    """Rows to validate on."""
+    evaluation_batch: int
+    """So many at once."""
 
 
 def learning_rate(config: PhaseConfig, step: int, steps_per_epoch: int) -> float:
@@ -139,27 +153,36 @@ def learning_rate(config: PhaseConfig, step: int, steps_per_epoch: int) -> float
 class PhaseRunner:
     """Trains one phase, epoch by epoch, from wherever the state says it stands."""
 
-    def __init__(self, phase: Phase, feed: ResidentFeed, worker: Worker, state: State, seed: int) -> None:
+    def __init__(self, phase: Phase, feed: Feed, worker: Worker, state: State, seed: int) -> None:
         self.phase, self.feed, self.worker, self.state, self.seed = phase, feed, worker, state, seed
         config = phase.config
-        self.module = worker.wrap(phase.module)
+        self.mixed = phase.precision == "bfloat16"
+        self.labels = phase.labels.to(worker.device)
+        module = phase.module.to(worker.device)
+        if self.mixed:
+            module.to(memory_format=torch.channels_last)
+        self.module = worker.wrap(module)
+        if worker.device.type == "cuda":
+            self.module.compile()
         self.optimizer = torch.optim.SGD(
-            phase.module.parameters(),
+            module.parameters(),
             lr=config.learning_rate,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
-            nesterov=config.momentum > 0,
+            nesterov=config.nesterov and config.momentum > 0,
+            fused=self.mixed or worker.device.type == "cuda",
         )
         if state.optimizer:
             self.optimizer.load_state_dict(state.optimizer)
-        share = len(phase.train_index) // worker.world_size
+        share = len(phase.train_rows) // worker.world_size
         if share < 2:
             raise UserError(
-                f"phase {phase.name} has {len(phase.train_index)} images for {worker.world_size} workers: "
+                f"phase {phase.name} has {len(phase.train_rows)} images for {worker.world_size} workers: "
                 "add images or lower the number of workers"
             )
-        self.per_worker = min(share, max(1, config.batch_size // worker.world_size))
-        self.steps = share // self.per_worker
+        per_worker = min(share, max(1, config.batch_size // worker.world_size))
+        self.share = Share(worker.rank, worker.world_size, per_worker)
+        self.steps = max(1, min(feed.steps(phase.train_rows, self.share), config.max_steps or 2**31))
 
     def run(self) -> None:
         """Train the epochs that are left, reporting each."""
@@ -176,7 +199,7 @@ class PhaseRunner:
                 self._validate(),
                 rate,
                 time.perf_counter() - started,
-                self.steps * self.per_worker * self.worker.world_size,
+                self.steps * self.share.per_worker * self.worker.world_size,
             )
             self.state.epoch = epoch + 1
             self.state.weights[self.phase.name] = self.phase.module.state_dict()
@@ -186,26 +209,23 @@ class PhaseRunner:
                 self.state.phase, self.state.epoch, self.state.optimizer = self.state.phase + 1, 0, {}
             self.worker.report(row, self.state)
 
-    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This worker's share of one shuffled pass: every worker draws the same order and takes its slice."""
-        phase, worker = self.phase, self.worker
-        seeds = np.random.SeedSequence([self.seed, PHASES.index(phase.name), epoch]).generate_state(2)
-        order = torch.randperm(len(phase.train_index), generator=torch.Generator().manual_seed(int(seeds[0])))
-        augment = torch.Generator().manual_seed(int(seeds[1]) + worker.rank)
-        for step in range(self.steps):
-            start = (step * worker.world_size + worker.rank) * self.per_worker
-            rows = order[start : start + self.per_worker]
-            yield self.feed.batch(phase.train_index[rows], augment), phase.train_labels[rows]
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.worker.device.type, torch.bfloat16, enabled=self.mixed)
 
     def _train_epoch(self, epoch: int) -> float:
+        """One shuffled pass; nothing is read back from the device before its end."""
         config = self.phase.config
+        seeds = np.random.SeedSequence([self.seed, PHASES.index(self.phase.name), epoch]).generate_state(2)
+        batches = self.feed.train(self.phase.train_rows, self.share, (int(seeds[0]), int(seeds[1])))
         self.module.train()
-        total = torch.zeros(())
-        for step, (images, labels) in enumerate(self._batches(epoch)):
+        total = torch.zeros((), device=self.worker.device)
+        for step, (rows, images) in zip(range(self.steps), batches, strict=False):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(config, epoch * self.steps + step, self.steps)
-            logits = self.phase.forward(self.module, images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+            with self._autocast():
+                logits = self.phase.forward(self.module, images, rows)
+            labels = self.labels[rows]
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
@@ -214,11 +234,15 @@ class PhaseRunner:
 
     @torch.no_grad()
     def _validate(self) -> float:
-        phase = self.phase
+        """Accuracy over every worker's part of the validation rows."""
+        phase, worker = self.phase, self.worker
         phase.module.eval()
-        right = 0
-        for start in range(0, len(phase.validation_labels), 512):
-            part = slice(start, start + 512)
-            logits = phase.forward(phase.module, phase.validation_images[part])
-            right += int((logits.argmax(dim=1) == phase.validation_labels[part]).sum())
-        return right / max(1, len(phase.validation_labels))
+        counts = torch.zeros(2, device=worker.device)
+        mine = phase.validation_rows[worker.rank :: worker.world_size]
+        for rows, images in self.feed.evaluate(mine, phase.evaluation_batch):
+            with self._autocast():
+                logits = phase.forward(phase.module, images, rows)
+            counts[0] += (logits.argmax(dim=1) == self.labels[rows]).sum()
+            counts[1] += len(rows)
+        right, seen = worker.total(counts)
+        return float(right) / max(1.0, float(seen))

@@ -11,10 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from meanet.data.table import ImageTable
+from meanet.data.images import MODES, ImageSpec
+from meanet.data.splits import Splits
 from meanet.errors import UserError
 
-_MODES = {1: "L", 3: "RGB"}
+_MAX_PIXELS = 32 * 2**20
+"""Of an image that is to be resized: decoded, it takes three times as many bytes."""
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""What torchvision's weights were trained with."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,17 @@ class Preprocessing:
     std: tuple[float, ...]
     """By channel, of pixels in 0..1."""
 
+    resize: bool = False
+    """Whether images of another size are brought to this one, as `meanet.data.images.ImageSpec` does it."""
+
     @staticmethod
-    def of(train: ImageTable) -> "Preprocessing":
-        """The preprocessing that training images call for: their size, their channel statistics."""
-        _, height, width, channels = train.images.shape
-        mean, std = train.channel_statistics()
-        return Preprocessing(height, width, channels, mean, tuple(max(value, 1e-6) for value in std))
+    def of(splits: Splits, *, resize: bool = False, imagenet: bool = False) -> "Preprocessing":
+        """The preprocessing that training images call for: their size, and their channel statistics or ImageNet's."""
+        height, width, channels = splits.table.image_shape
+        mean, std = splits.table.channel_statistics(splits.train)
+        if imagenet and channels == 3:
+            mean, std = IMAGENET_MEAN, IMAGENET_STD
+        return Preprocessing(height, width, channels, mean, tuple(max(value, 1e-6) for value in std), resize)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -64,25 +73,33 @@ class Preprocessing:
             try:
                 with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
                     self._check(image)
-                    pixels = np.asarray(image, dtype=np.uint8)
+                    pixels = self._spec.fit(image)
             except UserError:
                 raise
             except Exception as error:  # Pillow's decoders raise many kinds: each means that the bytes are no image
                 raise UserError(
                     f"the {len(data)} bytes are no readable PNG or JPEG image: {type(error).__name__}"
                 ) from error
-        return pixels.reshape(self.height, self.width, self.channels)
+        return pixels
+
+    @property
+    def _spec(self) -> ImageSpec:
+        return ImageSpec(self.height, self.width, self.channels, self.resize)
 
     def _check(self, image: Image.Image) -> None:
-        if image.size != (self.width, self.height):
+        if self.resize and image.width * image.height > _MAX_PIXELS:
+            raise UserError(
+                f"the image has {image.width}x{image.height} pixels and at most {_MAX_PIXELS} are taken: scale it down"
+            )
+        if not self.resize and image.size != (self.width, self.height):
             raise UserError(
                 f"the image is {image.size[0]}x{image.size[1]} pixels and this model takes {self.width}x{self.height}: "
                 "resize it before sending"
             )
-        if image.mode != _MODES.get(self.channels):
+        if image.mode != MODES.get(self.channels):
             raise UserError(
                 f"the image has mode {image.mode} and this model takes {self.channels} channel(s), 8 bits each "
-                f"(mode {_MODES.get(self.channels)}): convert it before sending"
+                f"(mode {MODES.get(self.channels)}): convert it before sending"
             )
 
 

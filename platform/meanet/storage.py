@@ -2,6 +2,8 @@
 
 import os
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -38,6 +40,90 @@ def read_parquet(uri: str | Path) -> pa.Table:
         return pq.read_table(path, filesystem=system)
     except FileNotFoundError as error:
         raise UserError(f"{uri} does not exist: check the path, or run the job that writes it") from error
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{uri} is no whole Parquet file ({error}): write it again") from error
+
+
+def list_files(uri: str) -> list[str]:
+    """Every file below a folder, as sorted paths relative to it.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    system, root = resolve(uri)
+    try:
+        found = system.get_file_info(fs.FileSelector(root, recursive=True))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{uri} is no folder that can be read: check the path") from error
+    except OSError as error:
+        raise UserError(f"{uri} cannot be listed ({error}): check the path and the credentials") from error
+    start = len(root.rstrip("/")) + 1
+    return sorted(info.path[start:] for info in found if info.type == fs.FileType.File)
+
+
+def read_files(uri: str, paths: Sequence[str]) -> Iterator[bytes]:
+    """The bytes of files below a folder, in order."""
+    system, root = resolve(uri)
+    for path in paths:
+        with system.open_input_stream(f"{root.rstrip('/')}/{path}", compression=None) as stream:
+            yield stream.read()
+
+
+def parquet_files(uri: str) -> list[str]:
+    """A Parquet file, or the sorted ones in a folder, as URIs.
+
+    Raises:
+        UserError: there are none.
+    """
+    system, path = resolve(uri)
+    try:
+        kind = system.get_file_info(path).type
+    except OSError as error:
+        raise UserError(f"{uri} cannot be looked at ({error}): check the path and the credentials") from error
+    if kind == fs.FileType.File:
+        return [uri]
+    if kind == fs.FileType.NotFound:
+        raise UserError(f"{uri} does not exist: give a Parquet file or a folder of them")
+    found = [f"{uri.rstrip('/')}/{name}" for name in list_files(uri) if name.endswith(".parquet")]
+    if not found:
+        raise UserError(f"{uri} has no *.parquet files: give a Parquet file or a folder of them")
+    return found
+
+
+def parquet_schema(uri: str) -> pa.Schema:
+    """Of one file."""
+    with _parquet(uri) as file:
+        return file.schema_arrow
+
+
+def read_columns(uri: str, columns: list[str]) -> tuple[pa.Table, list[int]]:
+    """Some columns of one file, and the rows of each of its row groups.
+
+    Raises:
+        UserError: a column is missing, or the file is not whole.
+    """
+    with _parquet(uri) as file:
+        missing = [name for name in columns if name not in file.schema_arrow.names]
+        if missing:
+            raise UserError(f"{uri} lacks the column {missing[0]!r}, which the files beside it have")
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        return file.read(columns), sizes
+
+
+def read_row_group(uri: str, group: int, column: str) -> pa.ChunkedArray:
+    """One column of one row group."""
+    with _parquet(uri) as file:
+        return file.read_row_group(group, [column])[column]
+
+
+@contextmanager
+def _parquet(uri: str) -> Iterator[pq.ParquetFile]:
+    system, path = resolve(uri)
+    try:
+        with system.open_input_file(path) as stream, pq.ParquetFile(stream) as file:
+            yield file
+    except FileNotFoundError as error:
+        raise UserError(f"{uri} does not exist: check the path") from error
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{uri} is no whole Parquet file ({error}): write it again") from error
 

@@ -29,7 +29,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from meanet import artifact
 from meanet.artifact import TrainedModel
-from meanet.data import ImageTable
+from meanet.data import Images
 from meanet.errors import UserError
 from meanet.operating_point import policy_id
 
@@ -105,9 +105,9 @@ class Tracker:
         """Keep a text as the run's artifact."""
         self._client.log_text(run_id, text, name)
 
-    def log_dataset(self, run_id: str, table: ImageTable) -> None:
+    def log_dataset(self, run_id: str, table: Images) -> None:
         """The data set that a run used, with its digest and shape."""
-        schema = {"images": list(table.images.shape), "classes": list(table.class_names)}
+        schema = {"images": [len(table.labels), *table.image_shape], "classes": list(table.class_names)}
         dataset = Dataset(
             name=table.source,
             digest=table.digest[:36],

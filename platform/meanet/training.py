@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from meanet.class_split import class_precision, hardest_classes
+from meanet.class_split import class_precision, hard_classes
 from meanet.config import PhaseConfig, Recipe
-from meanet.data import Splits
+from meanet.data import ImageTable, Splits
 from meanet.energy import Macs, cost_model
-from meanet.feeds import ResidentFeed
+from meanet.feeds import Feed, ResidentFeed, Scaling
 from meanet.loop import PHASES, Phase, PhaseRunner, State, Worker
-from meanet.models import CloudNet, MEANet
+from meanet.models import CloudNet, MainBlock, MEANet
+from meanet.models.backbones import load_pretrained
 from meanet.preprocessing import Preprocessing
-from meanet.routing import Ints
 
 
 @dataclass(frozen=True)
@@ -40,107 +40,195 @@ class Networks:
 
 
 def build_networks(recipe: Recipe, image_shape: tuple[int, int, int], num_classes: int) -> Networks:
-    """Freshly initialised networks for (C, H, W) images; the recipe's seed fixes every weight."""
+    """Freshly initialised networks for (C, H, W) images; the recipe's seed fixes every weight.
+
+    Raises:
+        UserError: the networks do not fit the images, or the class split asks for no class or for all of them.
+    """
+    num_hard = recipe.split.size(num_classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        meanet = MEANet(recipe.model, image_shape, num_classes, recipe.split.num_hard_classes)
+        meanet = MEANet(recipe.model, image_shape, num_classes, num_hard)
         return Networks(meanet, CloudNet(recipe.model, image_shape, num_classes))
+
+
+def load_published_weights(recipe: Recipe, networks: Networks) -> None:
+    """Where the recipe starts from torchvision's weights, take them.
+
+    Raises:
+        UserError: they cannot be had.
+    """
+    main, cloud = networks.meanet.main, networks.cloud
+    if recipe.model.pretrained:
+        load_pretrained(recipe.model.backbone, main.features, main.exit)
+    if recipe.model.cloud_pretrained:
+        load_pretrained(recipe.model.cloud_backbone, cloud.features, cloud.exit)
+
+
+def preprocessing_of(recipe: Recipe, splits: Splits) -> Preprocessing:
+    """What the recipe's networks take, by its training images."""
+    imagenet = recipe.model.pretrained or recipe.model.cloud_pretrained
+    return Preprocessing.of(splits, resize=recipe.data.image_size is not None, imagenet=imagenet)
 
 
 def check(recipe: Recipe, splits: Splits) -> None:
     """Find a user's mistakes before a worker starts.
 
     Raises:
-        UserError: the class split asks for no class or for all of them; networks that do not fit the images; profiles
-            that do not exist.
+        UserError: the class split asks for no class or for all of them; networks that do not fit the images; published
+            weights that cannot be had; profiles that do not exist.
     """
-    recipe.split.check(splits.table.num_classes)
-    build_networks(recipe, Preprocessing.of(splits.table.take(splits.train)).image_shape, splits.table.num_classes)
+    height, width, channels = splits.table.image_shape
+    networks = build_networks(recipe, (channels, height, width), splits.table.num_classes)
+    load_published_weights(recipe, networks)
     cost_model(recipe.energy, Macs(0, 0, 0, 0))
+
+
+MakeFeed = Callable[[Recipe, Splits, Scaling], Feed]
+
+
+def resident_feed(recipe: Recipe, splits: Splits, scaling: Scaling) -> Feed:
+    """The feed of a set in memory."""
+    assert isinstance(splits.table, ImageTable), "a streamed set needs a streaming feed"
+    return ResidentFeed(splits.table, recipe.data, scaling)
+
+
+_CACHE_BYTES = 2**30
+
+
+class FrozenFeatures:
+    """The frozen main block's features, without a graph; computed once a row where nothing random changes its input."""
+
+    def __init__(self, main: MainBlock, rows: Tensor, num_rows: int, *, fixed: bool, dtype: torch.dtype) -> None:
+        size = len(rows) * int(np.prod(main.feature_shape)) * dtype.itemsize
+        self._main = main
+        self._place: Tensor | None = None
+        if fixed and size <= _CACHE_BYTES:
+            self._place = torch.full((num_rows,), -1, device=rows.device)
+            self._place[rows] = torch.arange(len(rows), device=rows.device)
+            self._kept = torch.empty((len(rows), *main.feature_shape), dtype=dtype, device=rows.device)
+            self._known = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, rows: Tensor) -> Tensor:
+        """(B, F, h, w) of the images of these rows."""
+        if self._place is None:
+            features: Tensor = self._main.features(images)
+            return features
+        place = self._place[rows]
+        if not bool(self._known[place].all()):
+            self._kept[place] = self._main.features(images).to(self._kept.dtype)
+            self._known[place] = True
+        return self._kept[place]
 
 
 class Trainer:
     """All phases of one recipe over one data set; `check` them first."""
 
-    def __init__(self, recipe: Recipe, splits: Splits, worker: Worker, state: State | None = None) -> None:
-        table = splits.table
+    def __init__(
+        self,
+        recipe: Recipe,
+        splits: Splits,
+        worker: Worker,
+        state: State | None = None,
+        make_feed: MakeFeed = resident_feed,
+    ) -> None:
         self.recipe, self.splits, self.worker = recipe, splits, worker
         self.state = state or State(recipe.to_dict())
-        self.preprocessing = Preprocessing.of(table.take(splits.train))
-        self.networks = build_networks(recipe, self.preprocessing.image_shape, table.num_classes)
+        self.preprocessing = preprocessing_of(recipe, splits)
+        self.networks = build_networks(recipe, self.preprocessing.image_shape, splits.table.num_classes)
+        if not self.state.weights:
+            load_published_weights(recipe, self.networks)
         for name, weights in self.state.weights.items():
             self.networks.trained[name].load_state_dict(weights)
-        self.images = torch.from_numpy(self.preprocessing.normalise(table.images))
-        self.labels = torch.from_numpy(table.labels)
+        mixed = recipe.precision == "bfloat16"
+        self.feed = make_feed(recipe, splits, Scaling(self.preprocessing, worker.device, channels_last=mixed))
+        self.labels = torch.from_numpy(splits.table.labels.copy())
 
     def run(self) -> State:
         """Train what is left; returns the finished state."""
-        feed = ResidentFeed(self.images, self.recipe.data.crop_padding, self.recipe.data.flip)
         while not self.state.finished:
             name = PHASES[self.state.phase]
             phase = {"main": self._main, "extension": self._extension, "cloud": self._cloud}[name]()
-            PhaseRunner(phase, feed, self.worker, self.state, self.recipe.seed).run()
+            PhaseRunner(phase, self.feed, self.worker, self.state, self.recipe.seed).run()
         return self.state
 
     def _main(self) -> Phase:
-        return self._over_all_classes("main", self.recipe.main, lambda main, images: main(images)[1])
+        return self._over_all_classes("main", self.recipe.main, lambda main, images, _rows: main(images)[1])
 
     def _cloud(self) -> Phase:
-        return self._over_all_classes("cloud", self.recipe.cloud, lambda cloud, images: cloud(images))
+        return self._over_all_classes("cloud", self.recipe.cloud, lambda cloud, images, _rows: cloud(images))
 
     def _over_all_classes(
-        self, name: str, config: PhaseConfig, forward: Callable[[nn.Module, Tensor], Tensor]
+        self, name: str, config: PhaseConfig, forward: Callable[[nn.Module, Tensor, Tensor], Tensor]
     ) -> Phase:
-        train, validation = (torch.from_numpy(rows) for rows in (self.splits.train, self.splits.validation))
         return Phase(
             name=name,
             config=config,
+            precision=self.recipe.precision,
             module=self.networks.trained[name],
             forward=forward,
-            train_index=train,
-            train_labels=self.labels[train],
-            validation_images=self.images[validation],
-            validation_labels=self.labels[validation],
+            labels=self.labels,
+            train_rows=torch.from_numpy(self.splits.train),
+            validation_rows=torch.from_numpy(self.splits.validation),
+            evaluation_batch=self.splits.table.evaluation_batch,
         )
 
     def _extension(self) -> Phase:
+        main = self.networks.meanet.main.to(self.worker.device).eval().requires_grad_(False)
+        if self.recipe.precision == "bfloat16":
+            main.to(memory_format=torch.channels_last)
         self._split_classes()
-        main = self.networks.meanet.main.eval().requires_grad_(False)
+        labels = self._hard_labels()
+        train, validation = (
+            torch.from_numpy(rows)[labels[rows] >= 0] for rows in (self.splits.train, self.splits.validation)
+        )
+        features = {
+            training: self._features(main, train if training else validation, training=training)
+            for training in (True, False)
+        }
 
-        def forward(path: nn.Module, images: Tensor) -> Tensor:
-            with torch.no_grad():
-                features = main.features(images)
-            logits: Tensor = path(images, features)
+        def forward(path: nn.Module, images: Tensor, rows: Tensor) -> Tensor:
+            logits: Tensor = path(images, features[path.training](images, rows))
             return logits
 
-        train, train_labels = self._hard_rows(self.splits.train)
-        validation, validation_labels = self._hard_rows(self.splits.validation)
         return Phase(
             name="extension",
             config=self.recipe.extension,
+            precision=self.recipe.precision,
             module=self.networks.meanet.path,
             forward=forward,
-            train_index=train,
-            train_labels=train_labels,
-            validation_images=self.images[validation],
-            validation_labels=validation_labels,
+            labels=labels,
+            train_rows=train,
+            validation_rows=validation,
+            evaluation_batch=self.splits.table.evaluation_batch,
         )
+
+    def _features(self, main: MainBlock, rows: Tensor, *, training: bool) -> FrozenFeatures:
+        dtype = torch.bfloat16 if self.recipe.precision == "bfloat16" else torch.float32
+        fixed = not (training and self.recipe.data.augmented)
+        return FrozenFeatures(main, rows.to(self.worker.device), len(self.labels), fixed=fixed, dtype=dtype)
 
     @torch.no_grad()
     def _split_classes(self) -> None:
         """Choose the hard classes on validation; a function of the main block's weights, so repeatable."""
-        main = self.networks.meanet.main.eval()
-        rows = self.splits.validation
-        parts = torch.split(self.images[torch.from_numpy(rows)], 512)
-        pred = torch.cat([main(part)[1].argmax(dim=1) for part in parts]).numpy()
-        table = self.splits.table
-        precision = class_precision(pred, table.labels[rows], table.num_classes)
-        self.state.class_precision = precision.tolist()
-        self.state.hard_classes = hardest_classes(precision, self.recipe.split.num_hard_classes)
+        main, splits, split = self.networks.meanet.main, self.splits, self.recipe.split
+        rows = splits.validation
+        batches = self.feed.evaluate(torch.from_numpy(rows), splits.table.evaluation_batch)
+        pred = torch.cat([main(images)[1].argmax(dim=1) for _, images in batches]).cpu().numpy()
+        labels, num_classes = splits.table.labels[rows], splits.table.num_classes
+        self.state.class_precision = class_precision(pred, labels, num_classes).tolist()
+        self.state.hard_classes = hard_classes(
+            split.method,
+            pred,
+            labels,
+            num_classes=num_classes,
+            num_hard=split.size(num_classes),
+            seed=self.recipe.seed,
+        )
 
-    def _hard_rows(self, rows: Ints) -> tuple[Tensor, Tensor]:
-        """The rows whose true class is hard, and their labels remapped to 0..H-1."""
+    def _hard_labels(self) -> Tensor:
+        """(N,) labels remapped to 0..H-1; -1 where the true class is easy."""
         remap = np.full(self.splits.table.num_classes, -1, dtype=np.int64)
         remap[self.state.hard_classes] = np.arange(len(self.state.hard_classes))
-        labels = remap[self.splits.table.labels[rows]]
-        return torch.from_numpy(rows[labels >= 0]), torch.from_numpy(labels[labels >= 0])
+        return torch.from_numpy(remap[self.splits.table.labels])

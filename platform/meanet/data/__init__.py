@@ -1,7 +1,8 @@
 """Images and labels: sources -> one table -> stratified splits."""
 
-from meanet.data.sources import load
+from meanet.data.images import Skipped
+from meanet.data.loading import StreamedTable, load
 from meanet.data.splits import Splits, divide
-from meanet.data.table import ImageTable
+from meanet.data.table import Images, ImageTable
 
-__all__ = ["ImageTable", "Splits", "divide", "load"]
+__all__ = ["ImageTable", "Images", "Skipped", "Splits", "StreamedTable", "divide", "load"]

@@ -1,7 +1,7 @@
 """Networks: blocks, MEANet's three edge blocks, the cloud's network, and what they cost."""
 
+from meanet.models.cloud import CloudNet
 from meanet.models.costs import count_macs, count_parameters, macs_of
 from meanet.models.meanet import ExtensionPath, MainBlock, MEANet
-from meanet.models.resnet import CloudNet
 
 __all__ = ["CloudNet", "ExtensionPath", "MEANet", "MainBlock", "count_macs", "count_parameters", "macs_of"]

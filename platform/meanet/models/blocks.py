@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from meanet.config import StageConfig
+from meanet.config import StageConfig, Stem
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
@@ -17,9 +17,12 @@ def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
 
 
-def stem(in_channels: int, width: int) -> nn.Sequential:
-    """The CIFAR stem: one 3x3 convolution, (B, C, H, W) -> (B, width, H, W)."""
-    return nn.Sequential(conv3x3(in_channels, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+def stem(in_channels: int, width: int, kind: Stem = "3x3") -> nn.Sequential:
+    """(B, C, H, W) -> (B, width, H, W) by a 3x3 convolution (CIFAR), or (B, width, H / 4, W / 4) (ImageNet)."""
+    if kind == "3x3":
+        return nn.Sequential(conv3x3(in_channels, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+    wide = nn.Conv2d(in_channels, width, 7, 2, padding=3, bias=False)
+    return nn.Sequential(wide, nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, padding=1))
 
 
 class BasicBlock(nn.Module):

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from meanet.energy import Macs
+from meanet.models.cloud import CloudNet
 from meanet.models.meanet import MEANet
-from meanet.models.resnet import CloudNet
 
 
 @torch.no_grad()
