@@ -46,7 +46,7 @@ def recipe() -> Recipe:
 
 @pytest.fixture(scope="session")
 def splits(recipe: Recipe) -> Splits:
-    return data.divide(data.load("digits"), recipe.data, recipe.seed)
+    return data.divide(data.load(digits().data), recipe.data, recipe.seed)
 
 
 @pytest.fixture(scope="session")

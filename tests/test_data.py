@@ -15,7 +15,7 @@ from meanet.recipes import digits
 
 @pytest.fixture(scope="module")
 def all_digits() -> ImageTable:
-    return data.load("digits")
+    return data.load(digits().data)
 
 
 def test_digits_are_scikit_learns_without_loss(all_digits: ImageTable) -> None:
@@ -29,7 +29,7 @@ def test_digits_are_scikit_learns_without_loss(all_digits: ImageTable) -> None:
 
 def test_unknown_source_lists_the_known() -> None:
     with pytest.raises(UserError, match=r"'mnist'.*digits"):
-        data.load("mnist")
+        data.load(DataConfig(source="mnist"))
 
 
 def test_division_is_disjoint_complete_and_stratified(all_digits: ImageTable) -> None:
@@ -67,7 +67,7 @@ def test_digest_changes_with_a_pixel_a_label_or_a_name(all_digits: ImageTable) -
         dataclasses.replace(all_digits, class_names=(*"012345678", "nine")).digest,
     }
     assert len(digests) == 4
-    assert data.load("digits").digest == all_digits.digest
+    assert data.load(digits().data).digest == all_digits.digest
 
 
 def test_channel_statistics(splits: Splits) -> None:

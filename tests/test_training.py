@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import short
 
-from meanet.class_split import class_precision, hardest_classes
+from meanet.class_split import class_precision, lowest
 from meanet.config import PhaseConfig, Recipe
 from meanet.data import Splits
 from meanet.errors import UserError
@@ -73,10 +73,10 @@ def test_phases_follow_in_order_and_learn(state: State) -> None:
 def test_extension_sees_hard_classes_only(state: State, recipe: Recipe, splits: Splits) -> None:
     trainer = Trainer(recipe, splits, SingleProcess(), State(**copy.deepcopy(asdict(state))))
     phase = trainer._extension()
-    true = splits.table.labels[phase.train_index.numpy()]
+    true = splits.table.labels[phase.train_rows.numpy()]
     assert set(true) == set(state.hard_classes)
-    assert [state.hard_classes[label] for label in phase.train_labels.tolist()] == true.tolist()
-    assert set(phase.train_index.tolist()) <= set(splits.train.tolist())
+    assert [state.hard_classes[label] for label in phase.labels[phase.train_rows].tolist()] == true.tolist()
+    assert set(phase.train_rows.tolist()) <= set(splits.train.tolist())
     assert not trainer.networks.meanet.main.training
 
 
@@ -91,7 +91,7 @@ def test_precision_counts_by_predicted_class() -> None:
     pred, labels = torch.tensor([0, 0, 1, 1, 1]).numpy(), torch.tensor([0, 1, 1, 1, 2]).numpy()
     precision = class_precision(pred, labels, 4)
     assert precision.tolist() == [1 / 3, 2 / 4, 0.0, 0.0]  # denominators start at 1; 2 and 3 are never predicted
-    assert hardest_classes(precision, 3) == [2, 3, 0]
+    assert lowest(precision, 3) == [2, 3, 0]
 
 
 def test_learning_rates() -> None:

@@ -128,14 +128,23 @@ def _parquet(uri: str) -> Iterator[pq.ParquetFile]:
         raise UserError(f"{uri} is no whole Parquet file ({error}): write it again") from error
 
 
-def write_parquet(table: pa.Table, uri: str | Path) -> None:
+def has_files(uri: str, ending: str) -> bool:
+    """Whether a folder exists that has files with this ending anywhere below it."""
+    system, path = resolve(uri)
+    if system.get_file_info(path).type == fs.FileType.NotFound:
+        return False
+    return any(name.endswith(ending) for name in list_files(uri))
+
+
+def write_parquet(table: pa.Table, uri: str | Path, row_group_size: int | None = None) -> None:
     """Write a whole file or nothing: a local file appears by renaming, an S3 object at the end of its upload."""
     system, path = resolve(uri)
     if not isinstance(system, fs.LocalFileSystem):
-        pq.write_table(table, path, filesystem=system)
+        pq.write_table(table, path, filesystem=system, row_group_size=row_group_size)
         return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=Path(path).parent, suffix=".partial", delete=False) as part:
-        pq.write_table(table, part)
+        pq.write_table(table, part, row_group_size=row_group_size)
     os.replace(part.name, path)
 
 

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from meanet import storage
 from meanet.config import DataConfig
-from meanet.data.images import Pixels, moments, pixel_digest
 from meanet.data.table import ImageTable
 from meanet.errors import UserError
 
@@ -251,7 +250,7 @@ class ParquetSource:
         columns = pa.concat_tables(tables)
         labels = columns[label].cast(pa.int64()).fill_null(MISSING).to_numpy()
         names = _class_names(schema, label)
-        noted = _facts(schema, columns) if len(facts) == 2 else None
+        noted = _facts(schema, columns, place) if len(facts) == 2 else None
         return ParquetSource(
             f"parquet:{place}", tuple(files), tuple(groups), tuple(bounds), image, names, labels, noted
         )
@@ -326,13 +325,16 @@ def _class_names(schema: pa.Schema, label: str) -> tuple[str, ...] | None:
         return None
 
 
-def _facts(schema: pa.Schema, columns: pa.Table) -> Facts | None:
+def _facts(schema: pa.Schema, columns: pa.Table, place: str) -> Facts | None:
+    count = columns.num_rows
     try:
         noted = json.loads((schema.metadata or {})[_KEY])
         height, width, channels = noted["shape"]
+        written = noted["rows"]
     except (KeyError, ValueError, TypeError):
         return None
-    count = columns.num_rows
+    if written != count and not place.endswith(".parquet"):
+        raise UserError(f"{place} has {count} of the {written} images that it was written with: run jobs.ingest again")
     sums = columns["meanet_moments"].combine_chunks().flatten().to_numpy().reshape(count, 2, channels)
     joined = b"".join(columns["meanet_digest"].to_pylist())
     digests = np.frombuffer(joined, dtype=np.uint8).reshape(count, 32)
@@ -352,22 +354,4 @@ def schema_of(
             ("meanet_digest", pa.binary(32)),
         ],
         metadata={_KEY: json.dumps(noted).encode(), b"class_names": ",".join(class_names).encode()},
-    )
-
-
-def rows_to_batch(
-    schema: pa.Schema, encoded: Sequence[bytes], paths: Sequence[str], labels: NDArray[np.int64], images: Pixels
-) -> pa.Table:
-    """Rows in the layout of `schema_of`."""
-    sums = pa.array(moments(images).reshape(-1))
-    return pa.Table.from_arrays(
-        [
-            pa.StructArray.from_arrays(
-                [pa.array(encoded, pa.binary()), pa.array(paths, pa.string())], names=["bytes", "path"]
-            ),
-            pa.array(labels),
-            pa.FixedSizeListArray.from_arrays(sums, 2 * images.shape[3]),
-            pa.array([pixel_digest(image) for image in images], pa.binary(32)),
-        ],
-        schema=schema,
     )

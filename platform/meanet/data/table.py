@@ -65,9 +65,13 @@ class Images(ABC):
     @cached_property
     def digest(self) -> str:
         """SHA-256 over shape, pixels, labels and class names, 64 hex digits; the same however the pixels are kept."""
-        hasher = hashlib.sha256(repr((len(self.labels), *self.image_shape, self.class_names)).encode())
-        hasher.update(self.pixel_digests().tobytes())
-        hasher.update(self.labels.tobytes())
+        return self.digest_of(np.arange(len(self.labels)))
+
+    def digest_of(self, rows: Rows) -> str:
+        """Of these rows alone."""
+        hasher = hashlib.sha256(repr((len(rows), *self.image_shape, self.class_names)).encode())
+        hasher.update(self.pixel_digests()[rows].tobytes())
+        hasher.update(self.labels[rows].tobytes())
         return hasher.hexdigest()
 
     def channel_statistics(self, rows: Rows | None = None) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,5 +1,7 @@
 """torchvision's networks, and the parts that MEANet makes of them (MEANet's released code, the ImageNet variants).
 
+torchvision is imported where it is needed: its import makes directories, and small recipes do without it.
+
 Shape letters: B batch, C channels, H height, W width.
 """
 
@@ -7,17 +9,6 @@ from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import (
-    MobileNet_V2_Weights,
-    ResNet18_Weights,
-    ResNet101_Weights,
-    WeightsEnum,
-    mobilenet_v2,
-    resnet18,
-    resnet101,
-)
-from torchvision.models.mobilenetv2 import InvertedResidual
-from torchvision.ops.misc import Conv2dNormActivation
 
 from meanet.config import Join, Stem
 from meanet.errors import UserError
@@ -33,6 +24,8 @@ Parts = tuple[nn.Sequential, nn.Sequential]
 
 def resnet_parts(name: str, in_channels: int, num_classes: int, stem: Stem) -> Parts:
     """torchvision's ResNet-18 or -101; with the 3x3 stem it has no max-pool, the usual form for 32x32 images."""
+    from torchvision.models import resnet18, resnet101
+
     net = {"resnet18": resnet18, "resnet101": resnet101}[name](num_classes=num_classes)
     if stem == "3x3":
         net.conv1 = nn.Conv2d(in_channels, 64, 3, 1, 1, bias=False)
@@ -46,6 +39,9 @@ def resnet_parts(name: str, in_channels: int, num_classes: int, stem: Stem) -> P
 
 def mobilenet_parts(in_channels: int, num_classes: int) -> Parts:
     """torchvision's MobileNetV2, cut after its last inverted residual (320 channels)."""
+    from torchvision.models import mobilenet_v2
+    from torchvision.ops.misc import Conv2dNormActivation
+
     net = mobilenet_v2(num_classes=num_classes)
     if in_channels != 3:
         net.features[0] = Conv2dNormActivation(in_channels, 32, stride=2, activation_layer=nn.ReLU6)
@@ -57,6 +53,9 @@ def mobilenet_parts(in_channels: int, num_classes: int) -> Parts:
 
 def mobilenet_adaptive(in_channels: int) -> nn.Sequential:
     """MobileNetV2's layout with expansion 1 everywhere and no last 1x1: (B, C, H, W) -> (B, 320, H / 32, W / 32)."""
+    from torchvision.models.mobilenetv2 import InvertedResidual
+    from torchvision.ops.misc import Conv2dNormActivation
+
     parts: list[nn.Module] = [Conv2dNormActivation(in_channels, 32, stride=2, activation_layer=nn.ReLU6)]
     width = 32
     for channels, repeats, stride in _MOBILENET_ROWS:
@@ -68,6 +67,9 @@ def mobilenet_adaptive(in_channels: int) -> nn.Sequential:
 
 def mobilenet_extension(join: Join, num_hard: int) -> nn.Sequential:
     """Two inverted residuals, a 1x1 convolution to 1,280 and the exit: (B, 640 or 320, h, w) -> (B, H)."""
+    from torchvision.models.mobilenetv2 import InvertedResidual
+    from torchvision.ops.misc import Conv2dNormActivation
+
     joined = MOBILENET_CHANNELS * (2 if join == "concat" else 1)
     return nn.Sequential(
         InvertedResidual(joined, MOBILENET_CHANNELS, 1, expand_ratio=1),
@@ -79,11 +81,17 @@ def mobilenet_extension(join: Join, num_hard: int) -> nn.Sequential:
     )
 
 
-_WEIGHTS: dict[str, WeightsEnum] = {
-    "resnet18": ResNet18_Weights.IMAGENET1K_V1,
-    "resnet101": ResNet101_Weights.IMAGENET1K_V2,
-    "mobilenet_v2": MobileNet_V2_Weights.IMAGENET1K_V2,
-}
+def _published(name: str) -> str:
+    """Where torchvision's ImageNet weights for a network are published."""
+    from torchvision.models import MobileNet_V2_Weights, ResNet18_Weights, ResNet101_Weights
+
+    weights = {
+        "resnet18": ResNet18_Weights.IMAGENET1K_V1,
+        "resnet101": ResNet101_Weights.IMAGENET1K_V2,
+        "mobilenet_v2": MobileNet_V2_Weights.IMAGENET1K_V2,
+    }
+    url: str = weights[name].url
+    return url
 
 
 def load_pretrained(name: str, features: nn.Sequential, exit_: nn.Sequential) -> None:
@@ -94,7 +102,7 @@ def load_pretrained(name: str, features: nn.Sequential, exit_: nn.Sequential) ->
     Raises:
         UserError: they are not there and cannot be downloaded, or do not fit.
     """
-    url = _WEIGHTS[name].url
+    url = _published(name)
     try:
         state = torch.hub.load_state_dict_from_url(url, progress=False, check_hash=True, weights_only=True)
         _take(features, exit_, state)

@@ -1,9 +1,15 @@
-"""MACs and parameters of each block, counted by PyTorch's own flop counter (two flops a MAC; no BN, no ReLU)."""
+"""MACs, parameters and training memory of each block.
+
+MACs are counted by PyTorch's own flop counter (two flops a MAC; no BN, no ReLU), memory by what autograd keeps.
+"""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from meanet.config import Precision
 from meanet.energy import Macs
 from meanet.models.cloud import CloudNet
 from meanet.models.meanet import MEANet
@@ -36,3 +42,72 @@ def macs_of(meanet: MEANet, cloud: CloudNet, image_shape: tuple[int, int, int]) 
         extension=count_macs(meanet.path, image, features) - adaptive,
         cloud=count_macs(cloud, image),
     )
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """What one block takes."""
+
+    macs: int
+    """Multiply-accumulates an image."""
+    params: int
+    """Trainable numbers."""
+    activation_bytes: int
+    """Kept for the backward pass, an image."""
+    training_bytes: int
+    """At a batch size: activations, weights, gradients and momentum (4 bytes each)."""
+
+
+def block_costs(
+    meanet: MEANet, cloud: CloudNet, image_shape: tuple[int, int, int], precision: Precision, batch_size: int
+) -> dict[str, BlockCost]:
+    """Of main, adaptive, extension and cloud, by name; training memory at `batch_size` images."""
+    macs = macs_of(meanet, cloud, image_shape)
+    channels, height, width = meanet.main.feature_shape
+    joined = (channels * (2 if meanet.path.join == "concat" else 1), height, width)
+    blocks: dict[str, tuple[nn.Module, tuple[int, int, int], int]] = {
+        "main": (meanet.main, image_shape, macs.main),
+        "adaptive": (meanet.path.adaptive, image_shape, macs.adaptive),
+        "extension": (meanet.path.extension, joined, macs.extension),
+        "cloud": (cloud, image_shape, macs.cloud),
+    }
+    return {
+        name: _cost(module, shape, block_macs, precision, batch_size)
+        for name, (module, shape, block_macs) in blocks.items()
+    }
+
+
+def _cost(
+    module: nn.Module, shape: tuple[int, int, int], macs: int, precision: Precision, batch_size: int
+) -> BlockCost:
+    small, large = (_saved_bytes(module, torch.zeros((size, *shape)), precision) for size in (2, 4))
+    each = (large - small) // 2
+    fixed = small - 2 * each  # weights in the lower precision
+    params = count_parameters(module)
+    return BlockCost(macs, params, each, batch_size * each + fixed + 3 * 4 * params)
+
+
+def _saved_bytes(module: nn.Module, inputs: Tensor, precision: Precision) -> int:
+    """Bytes that autograd keeps of one forward pass, parameters apart."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    state = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    was_training = module.training
+    module.train()
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"),
+    ):
+        out = module(inputs.requires_grad_())
+    del out
+    module.train(was_training)
+    for name, buffer in module.named_buffers():
+        buffer.copy_(state[name])
+    return sum(kept.values())
