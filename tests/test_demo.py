@@ -25,7 +25,8 @@ from meanet.thresholds import replay
 
 pytestmark = pytest.mark.cluster
 EPOCHS = 5
-POLICIES = {"main_only", "edge_only", "cloud_only", "authors_threshold", "operating_point", "oracle"}
+POLICIES = {"main_only", "edge_only", "cloud_only", "operating_point", "oracle"}
+POLICIES |= {"authors_threshold", "sedna_filter", "random"}
 
 
 @dataclass(frozen=True)

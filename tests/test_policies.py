@@ -1,6 +1,7 @@
 """The policies that a cascade is compared with, and the energy model's published figures."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -9,9 +10,16 @@ from test_thresholds import COSTS, exits
 from meanet.config import EnergyConfig
 from meanet.energy import DEVICES, LINKS, Macs, cost_model
 from meanet.errors import UserError
-from meanet.policies import authors_threshold, baselines, best_threshold, oracle, routing_efficiency
-from meanet.routing import Exit, Policy, read_main
-from meanet.thresholds import replay
+from meanet.policies import (
+    authors_threshold,
+    baselines,
+    best_threshold,
+    oracle,
+    random_routing,
+    routing_efficiency,
+)
+from meanet.routing import Exit, Policy, Routed, read_main, route
+from meanet.thresholds import outcome, replay
 
 
 @pytest.mark.parametrize(
@@ -41,7 +49,38 @@ def test_baselines_are_what_their_names_say() -> None:
     assert (cloud.share["cloud"], cloud.macs_edge, cloud.joules["edge_compute"]) == (1.0, 0.0, 0.0)
     assert cloud.accuracy == (recorded.cloud_pred == recorded.labels).mean()
     assert cloud.bytes_uploaded == recorded.upload_bytes.mean()
-    assert found["oracle"].accuracy == max(outcome.accuracy for outcome in found.values())
+    assert found["oracle"].accuracy == max(one.accuracy for one in found.values())
+
+
+def test_sedna_sends_what_is_less_than_half_sure() -> None:
+    recorded = exits(16, 500)
+    main = read_main(recorded.main_logits, Policy())
+    sent = 1 - main.entropy / math.log(recorded.main_logits.shape[1]) < 0.5
+    found = baselines(recorded, COSTS, authors=1.0)["sedna_filter"]
+    assert 0 < sent.mean() < 1
+    assert found.share["cloud"] == pytest.approx(sent.mean())
+
+
+def test_random_routing_is_the_mean_of_many_draws() -> None:
+    recorded = exits(17, 300)
+    policy = Policy(thresholds=(0.7,), hard_classes=recorded.hard_classes)
+    expected = random_routing(recorded, COSTS, policy, 0.4)
+    edge = route(
+        recorded.main_logits, recorded.extension_logits, recorded.cloud_pred, policy.with_request(edge_only=True)
+    )
+    generator = np.random.default_rng(0)
+    drawn = []
+    for _ in range(400):
+        sent = generator.permutation(300) < 120
+        exit_ = np.where(sent, int(Exit.CLOUD), edge.exit)
+        pred = np.where(sent, recorded.cloud_pred, edge.pred)
+        drawn.append(outcome(recorded, COSTS, Routed(exit_, pred)))
+    assert expected.share["cloud"] == pytest.approx(0.4)
+    assert np.mean([one.accuracy for one in drawn]) == pytest.approx(expected.accuracy, abs=0.003)
+    assert np.mean([one.accuracy_hard_classes for one in drawn]) == pytest.approx(
+        expected.accuracy_hard_classes, abs=0.004
+    )
+    assert np.mean([one.total_joules for one in drawn]) == pytest.approx(expected.total_joules, rel=0.01)
 
 
 def test_oracle_takes_the_cheapest_exit_that_is_right() -> None:
@@ -99,9 +138,9 @@ def test_unknown_profiles_list_the_known(field: str, names: str) -> None:
 
 def test_outcome_adds_up() -> None:
     recorded = exits(15, 200)
-    outcome = replay(recorded, COSTS, Policy(thresholds=(0.9,), hard_classes=recorded.hard_classes))
-    assert sum(outcome.share.values()) == pytest.approx(1)
-    blocks = outcome.share["extension"] * (COSTS.macs.adaptive + COSTS.macs.extension)
-    assert outcome.macs_edge == pytest.approx(COSTS.macs.main + blocks)
-    assert outcome.joules["edge_compute"] == pytest.approx(outcome.macs_edge * 4.6e-12)
-    assert outcome.joules["upload"] == pytest.approx(outcome.bytes_uploaded * COSTS.link.joules_per_byte)
+    found = replay(recorded, COSTS, Policy(thresholds=(0.9,), hard_classes=recorded.hard_classes))
+    assert sum(found.share.values()) == pytest.approx(1)
+    blocks = found.share["extension"] * (COSTS.macs.adaptive + COSTS.macs.extension)
+    assert found.macs_edge == pytest.approx(COSTS.macs.main + blocks)
+    assert found.joules["edge_compute"] == pytest.approx(found.macs_edge * 4.6e-12)
+    assert found.joules["upload"] == pytest.approx(found.bytes_uploaded * COSTS.link.joules_per_byte)

@@ -36,7 +36,7 @@ def accuracy_energy(report: Mapping[str, Any], table: ExitsTable, search: Search
         outcomes = [replay(test, costs, policy_of(front, row, table.hard_classes)) for row in range(len(front))]
         joules = [1e6 * outcome.total_joules for outcome in outcomes]
         axes.plot(joules, [outcome.accuracy for outcome in outcomes], ".-", alpha=0.6, label=f"gate {gate}")
-    for (name, policy), marker in zip(report["policies"].items(), "sD^vP*", strict=False):
+    for (name, policy), marker in zip(report["policies"].items(), "sD^v<P*X", strict=False):
         joules_spent = 1e6 * sum(policy["joules"].values())
         size = 13 if name == "operating_point" else 8
         axes.plot([joules_spent], [policy["accuracy"]], marker, markersize=size, ls="", label=name.replace("_", " "))

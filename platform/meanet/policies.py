@@ -1,5 +1,7 @@
-"""The policies that a cascade is compared with: main-only, edge-only, cloud-only, the authors' threshold, an oracle."""
+"""The policies that a cascade is compared with: single exits, others' gates, random routing, an oracle."""
 
+import math
+from dataclasses import replace
 from statistics import NormalDist
 
 import numpy as np
@@ -36,6 +38,14 @@ def best_threshold(mean_right: float, mean_wrong: float, std_wrong: float) -> fl
     return float(grid[np.argmax(gain - loss)])
 
 
+def sedna_threshold(num_classes: int) -> float:
+    """Sedna's cross-entropy filter as an entropy threshold, nats: to the cloud if 1 - entropy / ln C < 0.5.
+
+    Source: KubeEdge Sedna's joint inference, https://github.com/kubeedge/sedna
+    """
+    return 0.5 * math.log(num_classes)
+
+
 def baselines(exits: Exits, costs: CostModel, authors: float) -> dict[str, Outcome]:
     """The report's policies other than the operating point, over one split.
 
@@ -46,13 +56,40 @@ def baselines(exits: Exits, costs: CostModel, authors: float) -> dict[str, Outco
     """
     count = exits.num_samples
     cloud = Routed(np.full(count, int(Exit.CLOUD)), exits.cloud_pred)
+
+    def gate(threshold: float) -> Outcome:
+        return replay(exits, costs, Policy(thresholds=(threshold,), hard_classes=exits.hard_classes))
+
     return {
         "main_only": replay(exits, costs, Policy()),
         "edge_only": replay(exits, costs, Policy(hard_classes=exits.hard_classes)),
         "cloud_only": outcome(exits, costs, cloud, main_runs=False),
-        "authors_threshold": replay(exits, costs, Policy(thresholds=(authors,), hard_classes=exits.hard_classes)),
+        "authors_threshold": gate(authors),
+        "sedna_filter": gate(sedna_threshold(exits.main_logits.shape[1])),
         "oracle": outcome(exits, costs, oracle(exits)),
     }
+
+
+def random_routing(exits: Exits, costs: CostModel, policy: Policy, cloud_share: float) -> Outcome:
+    """What to expect where that share of the samples, any of them, goes to the cloud, and `policy` has the others.
+
+    Exact, by linearity, rather than one draw.
+    """
+    edge = replay(exits, costs, policy.with_request(edge_only=True))
+    cloud = outcome(exits, costs, Routed(np.full(exits.num_samples, int(Exit.CLOUD)), exits.cloud_pred))
+
+    def mix(kept: float, sent: float) -> float:
+        return (1 - cloud_share) * kept + cloud_share * sent
+
+    return replace(
+        edge,
+        accuracy=mix(edge.accuracy, cloud.accuracy),
+        accuracy_hard_classes=mix(edge.accuracy_hard_classes, cloud.accuracy_hard_classes),
+        share={name: mix(edge.share[name], cloud.share[name]) for name in edge.share},
+        macs_edge=mix(edge.macs_edge, cloud.macs_edge),
+        bytes_uploaded=mix(edge.bytes_uploaded, cloud.bytes_uploaded),
+        joules={name: mix(edge.joules[name], cloud.joules[name]) for name in edge.joules},
+    )
 
 
 def oracle(exits: Exits) -> Routed:

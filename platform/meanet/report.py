@@ -11,7 +11,7 @@ from typing import Any
 from meanet import plots
 from meanet.evaluation import ExitsTable
 from meanet.operating_point import Search
-from meanet.policies import authors_threshold, baselines, routing_efficiency
+from meanet.policies import authors_threshold, baselines, random_routing, routing_efficiency
 from meanet.routing import Policy
 from meanet.storage import write_text
 from meanet.thresholds import Outcome, replay
@@ -32,7 +32,8 @@ pre { background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: 13px } .n
 <h2>Policies, on the test split</h2>
 $table
 <p class="note">Energy is the edge device's, per image, $source. The operating point was chosen on validation; nothing
-was chosen on test. Oracle: each sample by the cheapest exit that is right.</p>
+was chosen on test. Random: as many images to the cloud as at the operating point, whichever they are. Oracle: each
+sample by the cheapest exit that is right.</p>
 <div class="plots">$plots</div>
 <h2>Operating point</h2><pre>$point</pre>
 <h2>Stages</h2><pre>$seconds</pre>
@@ -59,7 +60,9 @@ def build(table: ExitsTable, search: Search, facts: Facts) -> dict[str, Any]:
     test, costs = table.exits("test"), table.costs
     policy = Policy.from_dict(search.chosen)
     outcomes = baselines(test, costs, authors_threshold(table.exits("validation")))
-    outcomes["operating_point"] = replay(test, costs, policy)
+    point = replay(test, costs, policy)
+    outcomes["operating_point"] = point
+    outcomes["random"] = random_routing(test, costs, policy, point.share["cloud"])
     return {
         "recipe": table.recipe.name,
         "seed": facts.seed,

@@ -21,6 +21,8 @@ from meanet.errors import UserError
 
 Kept = Literal["resident", "streaming"]
 _PROBED = 64
+_USUAL_SHARE = 0.8
+"""A size that fewer of the first images have is not the set's: the user must choose one."""
 _RESIDENT_SHARE = 4
 """A set that takes less than this part of the machine's memory is kept in it."""
 
@@ -209,12 +211,12 @@ class _Loader:
         channels = self.config.channels or known[usual]
         if self.config.image_size:
             return ImageSpec(self.config.image_size, self.config.image_size, channels, resize=True)
-        if len(sizes) > 1:
+        ((height, width), count), *others = sizes.most_common()
+        if others and count < _USUAL_SHARE * sizes.total():
             shown = ", ".join(f"{width}x{height}" for height, width in list(sizes)[:4])
             raise UserError(
                 f"{self.uri} has images of several sizes ({shown}): say which they are to have with --data.image-size"
             )
-        ((height, width),) = sizes
         return ImageSpec(height, width, channels)
 
     def _check_labels(self) -> NDArray[np.bool_]:
@@ -263,9 +265,10 @@ class _Loader:
     def _check_share(self) -> None:
         share, allowed = self.skipped.total / max(1, self.skipped.rows), self.config.max_bad_fraction
         if share > allowed:
+            hint = " (--data.image-size brings images to one size)" if "wrong size" in self.skipped.counts else ""
             raise UserError(
                 f"{self.skipped.total} of {self.skipped.rows} rows of {self.uri} cannot be used ({share:.2%}), and "
-                f"data.max_bad_fraction allows {allowed:.2%}: repair them or raise it; "
+                f"data.max_bad_fraction allows {allowed:.2%}: repair them or raise it{hint}; "
                 + "; ".join(self.skipped.lines())
             )
 

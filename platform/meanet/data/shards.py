@@ -1,4 +1,4 @@
-"""Any table -> sharded Parquet that `parquet:` reads back: the hubs' layout, and what is known of each row beside it."""
+"""Any table -> sharded Parquet that `parquet:` reads back: the hubs' layout, and what is known of each row."""
 
 from collections import Counter
 from collections.abc import Iterator
