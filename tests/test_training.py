@@ -3,16 +3,20 @@
 import copy
 import dataclasses
 from dataclasses import asdict
+from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from conftest import short
+from hypothesis import given
+from hypothesis import strategies as st
 
-from meanet.class_split import class_precision, lowest
-from meanet.config import PhaseConfig, Recipe
+from meanet.class_split import class_precision, class_recall, confusion_pairs, hard_classes, lowest
+from meanet.config import PhaseConfig, Recipe, SplitConfig, SplitMethod
 from meanet.data import Splits
 from meanet.errors import UserError
-from meanet.loop import PHASES, Epoch, SingleProcess, State, learning_rate
+from meanet.loop import PHASES, Epoch, PhaseRunner, SingleProcess, State, learning_rate
 from meanet.recipes import digits
 from meanet.training import Trainer, check
 
@@ -92,6 +96,96 @@ def test_precision_counts_by_predicted_class() -> None:
     precision = class_precision(pred, labels, 4)
     assert precision.tolist() == [1 / 3, 2 / 4, 0.0, 0.0]  # denominators start at 1; 2 and 3 are never predicted
     assert lowest(precision, 3) == [2, 3, 0]
+
+
+def test_recall_counts_by_true_class() -> None:
+    pred, labels = np.array([0, 0, 1, 1, 1]), np.array([0, 1, 1, 1, 2])
+    assert class_recall(pred, labels, 4).tolist() == [1.0, 2 / 3, 0.0, 0.0]
+
+
+def test_confused_pairs_stay_together() -> None:
+    """0 and 3 are mixed up most, then 1 and 2; of the last pair the class of lower precision takes the place left."""
+    mixed = [(0, 3)] * 5 + [(3, 0)] * 4 + [(1, 2)] * 4 + [(2, 2)] * 9 + [(1, 1)] * 3 + [(4, 4)] * 9
+    labels, pred = (np.array(column) for column in zip(*mixed, strict=True))
+    assert sorted(confusion_pairs(pred, labels, 5, 2)) == [0, 3]
+    three = confusion_pairs(pred, labels, 5, 3)
+    assert sorted(three[:2]) == [0, 3]
+    precision = class_precision(pred, labels, 5)
+    assert three[2] == min((1, 2), key=lambda class_id: precision[class_id])
+    assert sorted(confusion_pairs(pred, labels, 5, 4)) == [0, 1, 2, 3]
+
+
+@given(st.integers(2, 12), st.integers(0, 2**31), st.data())
+def test_every_choice_gives_h_different_classes(num_classes: int, seed: int, drawn: st.DataObject) -> None:
+    generator = np.random.default_rng(seed)
+    num_hard = drawn.draw(st.integers(1, num_classes - 1))
+    pred, labels = generator.integers(0, num_classes, (2, 40))
+    for method in get_args(SplitMethod):
+        found = [
+            hard_classes(method, pred, labels, num_classes=num_classes, num_hard=num_hard, seed=seed) for _ in range(2)
+        ]
+        assert found[0] == found[1]
+        assert len(set(found[0])) == num_hard
+        assert set(found[0]) <= set(range(num_classes))
+
+
+@pytest.mark.parametrize("method", get_args(SplitMethod))
+def test_each_choice_trains(method: SplitMethod, splits: Splits) -> None:
+    base = short(digits(), 1)
+    recipe = dataclasses.replace(base, split=SplitConfig(num_hard_classes=3, method=method))
+    assert len(Trainer(recipe, splits, SingleProcess()).run().hard_classes) == 3
+
+
+def test_frozen_features_are_computed_once_where_nothing_is_random(
+    state: State, recipe: Recipe, splits: Splits
+) -> None:
+    """Without augmentation each hard image passes the main block once, however many epochs follow."""
+    for flip in (False, True):
+        fixed = dataclasses.replace(recipe.data, crop_padding=0, flip=flip)
+        begun = State(recipe.to_dict(), phase=1, weights=copy.deepcopy(state.weights))
+        asked = dataclasses.replace(recipe, data=fixed, extension=dataclasses.replace(recipe.extension, epochs=3))
+        trainer = Trainer(asked, splits, SingleProcess(), begun)
+        trainer._split_classes()
+        passed: list[int] = []
+        trainer.networks.meanet.main.features.register_forward_hook(
+            lambda _module, inputs, _out, passed=passed: passed.append(len(inputs[0]))
+        )
+        phase = trainer._extension()
+        split_pass, validation, train = len(splits.validation), len(phase.validation_rows), len(phase.train_rows)
+        runner = PhaseRunner(phase, trainer.feed, trainer.worker, begun, 0)
+        runner.run()
+        trained = 3 * runner.steps * 64 if flip else train
+        assert sum(passed) == split_pass + validation + trained
+
+
+def test_features_kept_equal_features_computed(state: State, recipe: Recipe, splits: Splits) -> None:
+    trainer = Trainer(recipe, splits, SingleProcess(), State(**copy.deepcopy(asdict(state))))
+    trainer.networks.meanet.main.eval()
+    rows = torch.from_numpy(splits.train[:40])
+    kept, computed = (trainer._features(rows, fixed=fixed) for fixed in (True, False))
+    for part in (rows[:25], rows[10:40], rows):
+        ((_, images),) = trainer.feed.evaluate(part, 64)
+        torch.testing.assert_close(kept(images, part), computed(images, part))
+
+
+def test_mixed_precision_trains_as_well(splits: Splits) -> None:
+    """Digits under bfloat16 autocast: the same accuracy within what another seed would change."""
+    full, mixed = (
+        Trainer(dataclasses.replace(short(digits(), 6), precision=precision), splits, SingleProcess()).run()
+        for precision in ("float32", "bfloat16")
+    )
+    for phase in PHASES:
+        one, other = ([row for row in state.history if row["phase"] == phase][-1] for state in (full, mixed))
+        assert abs(one["validation_accuracy"] - other["validation_accuracy"]) < 0.05
+        assert other["loss"] == pytest.approx(one["loss"], abs=0.15)
+    assert all(tensor.dtype != torch.bfloat16 for tensor in mixed.weights["main"].values()), "weights stay whole"
+
+
+def test_steps_an_epoch_can_be_cut(splits: Splits) -> None:
+    base = short(digits(), 1)
+    recipe = dataclasses.replace(base, main=dataclasses.replace(base.main, max_steps=2))
+    history = Trainer(recipe, splits, SingleProcess()).run().history
+    assert next(row["samples"] for row in history) == 2 * 64
 
 
 def test_learning_rates() -> None:

@@ -150,6 +150,11 @@ def learning_rate(config: PhaseConfig, step: int, steps_per_epoch: int) -> float
     return config.learning_rate * 0.5 * (1 + float(np.cos(np.pi * done)))
 
 
+def autocast(device: torch.device, *, enabled: bool) -> torch.autocast:
+    """Automatic mixed precision in bfloat16, whose range needs no loss scaling (Kalamkar et al., arXiv 1905.12322)."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
 class PhaseRunner:
     """Trains one phase, epoch by epoch, from wherever the state says it stands."""
 
@@ -209,9 +214,6 @@ class PhaseRunner:
                 self.state.phase, self.state.epoch, self.state.optimizer = self.state.phase + 1, 0, {}
             self.worker.report(row, self.state)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.worker.device.type, torch.bfloat16, enabled=self.mixed)
-
     def _train_epoch(self, epoch: int) -> float:
         """One shuffled pass; nothing is read back from the device before its end."""
         config = self.phase.config
@@ -222,7 +224,7 @@ class PhaseRunner:
         for step, (rows, images) in zip(range(self.steps), batches, strict=False):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(config, epoch * self.steps + step, self.steps)
-            with self._autocast():
+            with autocast(self.worker.device, enabled=self.mixed):
                 logits = self.phase.forward(self.module, images, rows)
             labels = self.labels[rows]
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
@@ -240,7 +242,7 @@ class PhaseRunner:
         counts = torch.zeros(2, device=worker.device)
         mine = phase.validation_rows[worker.rank :: worker.world_size]
         for rows, images in self.feed.evaluate(mine, phase.evaluation_batch):
-            with self._autocast():
+            with autocast(self.worker.device, enabled=self.mixed):
                 logits = phase.forward(phase.module, images, rows)
             counts[0] += (logits.argmax(dim=1) == self.labels[rows]).sum()
             counts[1] += len(rows)

@@ -6,7 +6,7 @@
 Shape letters: B batch, C classes, H hard classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +17,8 @@ from meanet.class_split import class_precision, hard_classes
 from meanet.config import PhaseConfig, Recipe
 from meanet.data import ImageTable, Splits
 from meanet.energy import Macs, cost_model
-from meanet.feeds import Feed, ResidentFeed, Scaling
-from meanet.loop import PHASES, Phase, PhaseRunner, State, Worker
+from meanet.feeds import Batch, Feed, ResidentFeed, Scaling
+from meanet.loop import PHASES, Phase, PhaseRunner, State, Worker, autocast
 from meanet.models import CloudNet, MainBlock, MEANet
 from meanet.models.backbones import load_pretrained
 from meanet.preprocessing import Preprocessing
@@ -99,27 +99,36 @@ _CACHE_BYTES = 2**30
 class FrozenFeatures:
     """The frozen main block's features, without a graph; computed once a row where nothing random changes its input."""
 
-    def __init__(self, main: MainBlock, rows: Tensor, num_rows: int, *, fixed: bool, dtype: torch.dtype) -> None:
-        size = len(rows) * int(np.prod(main.feature_shape)) * dtype.itemsize
-        self._main = main
+    def __init__(self, main: MainBlock, autocast: Callable[[], torch.autocast]) -> None:
+        self._main, self._autocast = main, autocast
         self._place: Tensor | None = None
-        if fixed and size <= _CACHE_BYTES:
-            self._place = torch.full((num_rows,), -1, device=rows.device)
-            self._place[rows] = torch.arange(len(rows), device=rows.device)
-            self._kept = torch.empty((len(rows), *main.feature_shape), dtype=dtype, device=rows.device)
-            self._known = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+
+    @torch.no_grad()
+    def keep(self, batches: Iterable[Batch], rows: Tensor, num_rows: int, dtype: torch.dtype) -> None:
+        """Compute those of `rows` now, unless they take more than a gigabyte.
+
+        Args:
+            batches: every one of these rows once.
+            rows: in the table.
+            num_rows: of the table.
+            dtype: to keep them in.
+        """
+        if len(rows) * int(np.prod(self._main.feature_shape)) * dtype.itemsize > _CACHE_BYTES:
+            return
+        self._place = torch.full((num_rows,), -1, device=rows.device)
+        self._place[rows] = torch.arange(len(rows), device=rows.device)
+        self._kept = torch.empty((len(rows), *self._main.feature_shape), dtype=dtype, device=rows.device)
+        for found, images in batches:
+            with self._autocast():
+                self._kept[self._place[found]] = self._main.features(images).to(dtype)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, rows: Tensor) -> Tensor:
         """(B, F, h, w) of the images of these rows."""
-        if self._place is None:
-            features: Tensor = self._main.features(images)
-            return features
-        place = self._place[rows]
-        if not bool(self._known[place].all()):
-            self._kept[place] = self._main.features(images).to(self._kept.dtype)
-            self._known[place] = True
-        return self._kept[place]
+        if self._place is not None:
+            return self._kept[self._place[rows]]
+        features: Tensor = self._main.features(images)
+        return features
 
 
 class Trainer:
@@ -183,10 +192,8 @@ class Trainer:
         train, validation = (
             torch.from_numpy(rows)[labels[rows] >= 0] for rows in (self.splits.train, self.splits.validation)
         )
-        features = {
-            training: self._features(main, train if training else validation, training=training)
-            for training in (True, False)
-        }
+        features = {True: self._features(train, fixed=not self.recipe.data.augmented)}
+        features[False] = self._features(validation, fixed=True)
 
         def forward(path: nn.Module, images: Tensor, rows: Tensor) -> Tensor:
             logits: Tensor = path(images, features[path.training](images, rows))
@@ -204,10 +211,14 @@ class Trainer:
             evaluation_batch=self.splits.table.evaluation_batch,
         )
 
-    def _features(self, main: MainBlock, rows: Tensor, *, training: bool) -> FrozenFeatures:
-        dtype = torch.bfloat16 if self.recipe.precision == "bfloat16" else torch.float32
-        fixed = not (training and self.recipe.data.augmented)
-        return FrozenFeatures(main, rows.to(self.worker.device), len(self.labels), fixed=fixed, dtype=dtype)
+    def _features(self, rows: Tensor, *, fixed: bool) -> FrozenFeatures:
+        mixed = self.recipe.precision == "bfloat16"
+        device = self.worker.device
+        features = FrozenFeatures(self.networks.meanet.main, lambda: autocast(device, enabled=mixed))
+        if fixed:
+            batches = self.feed.evaluate(rows, self.splits.table.evaluation_batch)
+            features.keep(batches, rows.to(device), len(self.labels), torch.bfloat16 if mixed else torch.float32)
+        return features
 
     @torch.no_grad()
     def _split_classes(self) -> None:

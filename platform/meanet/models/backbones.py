@@ -6,6 +6,7 @@ Shape letters: B batch, C channels, H height, W width.
 """
 
 from collections import OrderedDict
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +107,7 @@ def load_pretrained(name: str, features: nn.Sequential, exit_: nn.Sequential) ->
     try:
         state = torch.hub.load_state_dict_from_url(url, progress=False, check_hash=True, weights_only=True)
         _take(features, exit_, state)
-    except (OSError, RuntimeError, KeyError) as error:
+    except (OSError, RuntimeError, KeyError, EOFError, UnpicklingError) as error:
         raise UserError(
             f"torchvision's weights for {name} cannot be used ({str(error).splitlines()[0]}): put {url.split('/')[-1]} "
             f"into {torch.hub.get_dir()}/checkpoints, or train without pretrained weights"
