@@ -14,7 +14,7 @@ from jobs import _cli, _progress, _server
 from jobs._run import RunFolder
 from jobs.evaluate import evaluate
 from jobs.sweep import sweep
-from jobs.train import load_splits, shared_bytes, train
+from jobs.train import load_splits, object_store_bytes, train
 from meanet import artifact, cluster, plots, report
 from meanet.config import Recipe
 from meanet.errors import UserError, exit_on_user_error
@@ -56,7 +56,7 @@ class Demo:
 
     def all_stages(self) -> dict[str, Any]:
         """Run what is left; returns the report."""
-        with cluster.ray_cluster(self.environment.ray_address, shared_bytes(self.splits)) as address:
+        with cluster.ray_cluster(self.environment.ray_address, object_store_bytes(self.splits)) as address:
             self.run = RunFolder.begin(self.flags.output, self.recipe, self.environment.tracking_uri, goal="report")
             if not self.run.done("train"):
                 with self.run.stage("train"):

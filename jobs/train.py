@@ -77,9 +77,10 @@ def _load(config: DataConfig, seed: int) -> Splits:
     return data.divide(table, config, seed)
 
 
-def shared_bytes(splits: Splits) -> int:
-    """What workers share through the object store: the pixels of a set in memory."""
-    return splits.table.num_bytes if isinstance(splits.table, ImageTable) else 0
+def object_store_bytes(splits: Splits) -> int:
+    """What a local Ray's object store needs: workers share the pixels of a set in memory through it."""
+    shared = splits.table.num_bytes if isinstance(splits.table, ImageTable) else 0
+    return cluster.OBJECT_STORE_BYTES + shared
 
 
 def _tags(run: RunFolder) -> dict[str, str]:
@@ -151,7 +152,7 @@ def main() -> None:
     splits = load_splits(recipe)
     check(recipe, splits)  # every mistake that can be found is found before an earlier run is replaced
     tracker = Tracker(environment.tracking_uri)
-    with cluster.ray_cluster(environment.ray_address, shared_bytes(splits)):
+    with cluster.ray_cluster(environment.ray_address, object_store_bytes(splits)):
         run = RunFolder.begin(output, recipe, environment.tracking_uri, goal="train")
         with run.stage("train"):
             model = train(run, recipe, tracker, flags.workers, flags.storage)

@@ -41,13 +41,13 @@ def test_a_pass_has_every_row_once_divided_among_workers(table: ImageTable) -> N
     for rank in range(3):
         share = Share(rank, 3, 4)
         assert feed(table).steps(everything, share) == 4
-        seen += [row for rows, _ in feed(table).train(everything, share, (1, 2)) for row in rows.tolist()]
+        seen += [row for rows, _ in feed(table).train(everything, share, (1, 2), 4) for row in rows.tolist()]
     assert sorted(seen) == everything.tolist()
 
 
 def test_same_seeds_same_batches_other_seeds_other(table: ImageTable) -> None:
     def first(seeds: tuple[int, int]) -> torch.Tensor:
-        return next(iter(feed(table, crop_padding=2, flip=True).train(torch.arange(50), Share(0, 1, 16), seeds)))[1]
+        return next(iter(feed(table, crop_padding=2, flip=True).train(torch.arange(50), Share(0, 1, 16), seeds, 3)))[1]
 
     assert torch.equal(first((1, 2)), first((1, 2)))
     assert not torch.equal(first((1, 2)), first((3, 2)))

@@ -35,18 +35,19 @@ from meanet.streaming import streaming_feed
 from meanet.training import Trainer, resident_feed
 
 OnEvent = Callable[[dict[str, Any]], None]
-_OBJECT_STORE_BYTES = 200 * 2**20
+OBJECT_STORE_BYTES = 200 * 2**20
+"""Of a local Ray, for what is passed on its way; what workers share must be added."""
 _STATE = "state.pt"
 _MAX_FAILURES = 3
 
 
 @contextlib.contextmanager
-def ray_cluster(address: str | None, shared_bytes: int = 0) -> Iterator[str]:
+def ray_cluster(address: str | None, object_store_bytes: int = OBJECT_STORE_BYTES) -> Iterator[str]:
     """A cluster to run on: the one at `address`, or a local one on free ports that ends with the block.
 
     Args:
         address: of a running cluster.
-        shared_bytes: what workers will share in a local one's object store, beside what is passed on its way.
+        object_store_bytes: of a local one.
 
     Yields:
         The address under which other processes join it.
@@ -64,7 +65,7 @@ def ray_cluster(address: str | None, shared_bytes: int = 0) -> Iterator[str]:
                 "address": "local",
                 "num_cpus": max(2, os.cpu_count() or 1),  # edge and cloud replica take one each
                 "include_dashboard": False,
-                "object_store_memory": _OBJECT_STORE_BYTES + shared_bytes,
+                "object_store_memory": object_store_bytes,
                 "_temp_dir": str(folder),
             }
         else:

@@ -39,8 +39,11 @@ class Feed(Protocol):
     def steps(self, rows: Tensor, share: Share) -> int:
         """Steps of an epoch over these rows: the same for every worker."""
 
-    def train(self, rows: Tensor, share: Share, seeds: tuple[int, int]) -> Iterator[Batch]:
-        """One worker's share of a shuffled, augmented pass; `seeds` order and augment it, so it can be repeated."""
+    def train(self, rows: Tensor, share: Share, seeds: tuple[int, int], steps: int) -> Iterator[Batch]:
+        """So many steps of one worker's share of a shuffled, augmented pass.
+
+        The two seeds order it and augment it, so that it can be repeated.
+        """
 
     def evaluate(self, rows: Tensor, size: int) -> Iterator[Batch]:
         """Every one of these rows once, as it is."""
@@ -136,13 +139,13 @@ class ResidentFeed:
         """Steps of an epoch over these rows: the same for every worker."""
         return len(rows) // share.world_size // share.per_worker
 
-    def train(self, rows: Tensor, share: Share, seeds: tuple[int, int]) -> Iterator[Batch]:
+    def train(self, rows: Tensor, share: Share, seeds: tuple[int, int], steps: int) -> Iterator[Batch]:
         """Every worker draws the same order and takes its slice of each step."""
         device = self._scaling.device
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seeds[0]))
         rows = rows[order].to(device)
         generator = torch.Generator(device).manual_seed(seeds[1] + share.rank)
-        for step in range(self.steps(rows, share)):
+        for step in range(steps):
             start = (step * share.world_size + share.rank) * share.per_worker
             part = rows[start : start + share.per_worker]
             yield part, self._augment(self._scaling(self._images[part]), generator)

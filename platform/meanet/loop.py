@@ -218,10 +218,10 @@ class PhaseRunner:
         """One shuffled pass; nothing is read back from the device before its end."""
         config = self.phase.config
         seeds = np.random.SeedSequence([self.seed, PHASES.index(self.phase.name), epoch]).generate_state(2)
-        batches = self.feed.train(self.phase.train_rows, self.share, (int(seeds[0]), int(seeds[1])))
+        batches = self.feed.train(self.phase.train_rows, self.share, (int(seeds[0]), int(seeds[1])), self.steps)
         self.module.train()
         total = torch.zeros((), device=self.worker.device)
-        for step, (rows, images) in zip(range(self.steps), batches, strict=False):
+        for step, (rows, images) in enumerate(batches):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(config, epoch * self.steps + step, self.steps)
             with autocast(self.worker.device, enabled=self.mixed):

@@ -3,6 +3,7 @@
 Shape letters: B batch, C channels, H height, W width.
 """
 
+import itertools
 import logging
 import pickle
 from collections.abc import Iterator, Sequence
@@ -21,10 +22,17 @@ from meanet.data.images import ImageSpec
 from meanet.data.loading import Piece
 from meanet.feeds import Augmentation, Batch, Feed, Scaling, Share
 
-_BLOCK_BYTES = 4 * 2**20
-"""Decoded images travel in blocks of about this size."""
+_BLOCK_BYTES = 16 * 2**20
+"""What a task decodes at most."""
+_BLOCK_SHARE = 1 / 32
+"""And of the object store: tasks, queues and batches hold several blocks at a time."""
+_STORE_SHARE = 0.2
+"""Of the object store, for all images on their way."""
 _SHUFFLED_BATCHES = 8
-"""So many batches are mixed at a time, beside the shuffled order of shards."""
+"""So many batches are mixed at a time, beside the shuffled order of pieces."""
+
+_Image = tuple[int, NDArray[np.uint8]]
+"""Row of the table, and pixels (H, W, C)."""
 
 
 def streaming_feed(recipe: Recipe, splits: Splits, scaling: Scaling) -> Feed:
@@ -44,28 +52,24 @@ class StreamingFeed:
         held = [sum(len(piece.rows) for piece in pieces) for pieces in self._divide(rows, share)]
         return min(held) // share.per_worker
 
-    def train(self, rows: Tensor, share: Share, seeds: tuple[int, int]) -> Iterator[Batch]:
-        """This worker's shards in an order of their own each time, and batches mixed over some of them."""
-        pieces = self._divide(rows, share)[share.rank]
-        order = np.random.default_rng(seeds[0]).permutation(len(pieces))
+    def train(self, rows: Tensor, share: Share, seeds: tuple[int, int], steps: int) -> Iterator[Batch]:
+        """Pieces of this worker's shards in an order of their own each time, and batches mixed over some of them."""
+        generator = np.random.default_rng(seeds[0])
+        pieces = self._cut(self._divide(rows, share)[share.rank])
+        shuffled = [pieces[number] for number in generator.permutation(len(pieces))]
+        needed = _first(shuffled, steps * share.per_worker)
         decode = _Decode(self._table.spec, self._augment.config.min_crop_area, seeds[1])
-        dataset = self._dataset([pieces[number] for number in order], decode)
-        batches = dataset.iter_batches(
-            batch_size=share.per_worker,
-            batch_format="numpy",
-            drop_last=True,
-            local_shuffle_buffer_size=_SHUFFLED_BATCHES * share.per_worker,
-            local_shuffle_seed=seeds[0] % 2**31,
-        )
-        generator = torch.Generator(self._scaling.device).manual_seed(seeds[1] + share.rank)
+        mixed = _mix(self._decoded(needed, decode), _SHUFFLED_BATCHES * share.per_worker, generator)
+        on_device = torch.Generator(self._scaling.device).manual_seed(seeds[1] + share.rank)
         whole = self._augment.config.min_crop_area >= 1
-        for found, images in self._on_device(batches):
-            yield found, self._augment(images, generator) if whole else self._augment.flip(images, generator)
+        for step, (found, images) in enumerate(self._batches(mixed, share.per_worker)):
+            if step < steps:  # to its end: a pass that is given up would leave its threads behind
+                yield found, self._augment(images, on_device) if whole else self._augment.flip(images, on_device)
 
     def evaluate(self, rows: Tensor, size: int) -> Iterator[Batch]:
         """Every one of these rows once, as it is, in ascending order."""
-        dataset = self._dataset(self._table.pieces(rows.cpu().numpy()), _Decode(self._table.spec, 1.0, None))
-        yield from self._on_device(dataset.iter_batches(batch_size=size, batch_format="numpy"))
+        pieces = self._cut(self._table.pieces(rows.cpu().numpy()))
+        yield from self._batches(self._decoded(pieces, _Decode(self._table.spec, 1.0, None)), size)
 
     def _divide(self, rows: Tensor, share: Share) -> list[list[Piece]]:
         """Each worker's shards: the largest that are left go to the worker that has least."""
@@ -77,42 +81,81 @@ class StreamingFeed:
             sizes[least] += len(piece.rows)
         return held
 
-    def _dataset(self, pieces: Sequence[Piece], decode: "_Decode") -> ray.data.Dataset:
+    def _cut(self, pieces: Sequence[Piece]) -> list[Piece]:
+        """Pieces of at most a block's size, decoded."""
+        images = max(1, _block_bytes() // int(np.prod(self._table.image_shape)))
+        return [part for piece in pieces for part in piece.split(images)]
+
+    def _decoded(self, pieces: Sequence[Piece], decode: "_Decode") -> Iterator[_Image]:
+        """Row and pixels of each image, in order; what Ray Data's object store holds of them is bounded."""
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        context.target_max_block_size = _BLOCK_BYTES
-        context.execution_options.preserve_order = True  # the same seeds, the same batches
+        context.target_max_block_size = _block_bytes()
+        options = context.execution_options
+        options.preserve_order = True  # the same seeds, the same batches
+        options.resource_limits = options.resource_limits.copy(object_store_memory=_STORE_SHARE * _store_bytes())
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         items = [{"number": number, "piece": pickle.dumps(piece)} for number, piece in enumerate(pieces)]
+        function: Any = decode  # Ray's types know no callable object
         dataset = ray.data.from_items(items, override_num_blocks=len(items))
-        function: Any = decode  # Ray's types know no generator function
-        return dataset.map_batches(function, batch_size=1, batch_format="numpy")
+        decoded = dataset.map_batches(function, batch_size=1, batch_format="numpy")
+        for block in decoded.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+            images = np.array(block["image"])  # a copy: the block itself is the object store's
+            yield from zip(block["row"].tolist(), images, strict=True)
 
-    def _on_device(self, batches: Any) -> Iterator[Batch]:
-        for batch in batches:
-            rows = torch.from_numpy(np.array(batch["row"])).to(self._scaling.device)
-            yield rows, self._scaling(torch.from_numpy(np.array(batch["image"])))
+    def _batches(self, images: Iterator[_Image], size: int) -> Iterator[Batch]:
+        while part := list(itertools.islice(images, size)):
+            rows = torch.tensor([row for row, _ in part], device=self._scaling.device)
+            yield rows, self._scaling(torch.from_numpy(np.stack([image for _, image in part])))
+
+
+def _store_bytes() -> float:
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return resources.get("object_store_memory", 0.0)
+
+
+def _block_bytes() -> int:
+    return int(min(_BLOCK_BYTES, _BLOCK_SHARE * _store_bytes()))
+
+
+def _mix(images: Iterator[_Image], size: int, generator: np.random.Generator) -> Iterator[_Image]:
+    """Draw from the next `size` at random; they are held here, for the object store has no room for them."""
+    held: list[_Image] = []
+    for image in images:
+        held.append(image)
+        if len(held) > size:
+            yield _draw(held, generator)
+    while held:
+        yield _draw(held, generator)
+
+
+def _draw(held: list[_Image], generator: np.random.Generator) -> _Image:
+    number = int(generator.integers(len(held)))
+    held[number], held[-1] = held[-1], held[number]
+    return held.pop()
+
+
+def _first(pieces: Sequence[Piece], count: int) -> list[Piece]:
+    """As many pieces as it takes to have so many rows."""
+    ends = np.cumsum([len(piece.rows) for piece in pieces])
+    return list(pieces[: int(np.searchsorted(ends, count)) + 1])
 
 
 @dataclass(frozen=True)
 class _Decode:
-    """A piece -> its rows and pixels, a few at a time; runs in a task of Ray Data."""
+    """A piece -> its rows and pixels; runs in a task of Ray Data."""
 
     spec: ImageSpec
     min_crop_area: float
     seed: int | None
     """None: images as they are."""
 
-    def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, NDArray[Any]]]:
-        for number, pickled in zip(batch["number"], batch["piece"], strict=True):
-            piece: Piece = pickle.loads(pickled)  # noqa: S301  # made by `_dataset` in this very run
-            generator = np.random.default_rng([int(number), self.seed or 0])
-            encoded = piece.read()
-            size = max(1, _BLOCK_BYTES // int(np.prod(self.spec.shape)))
-            for start in range(0, len(encoded), size):
-                images = [self._image(data, generator) for data in encoded[start : start + size]]
-                yield {"row": piece.rows[start : start + size], "image": np.stack(images)}
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        (number,), (pickled,) = batch["number"], batch["piece"]
+        piece: Piece = pickle.loads(pickled)  # noqa: S301  # made by `_dataset` in this very run
+        generator = np.random.default_rng([int(number), self.seed or 0])
+        return {"row": piece.rows, "image": np.stack([self._image(data, generator) for data in piece.read()])}
 
     def _image(self, data: bytes, generator: np.random.Generator) -> NDArray[np.uint8]:
         if self.seed is None or self.min_crop_area >= 1:

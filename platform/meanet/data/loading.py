@@ -94,8 +94,12 @@ class Piece:
 
     def read(self) -> list[bytes]:
         """Their encoded bytes."""
-        encoded = self.shard.read()
-        return [encoded[offset] or b"" for offset in self.offsets]
+        return [data or b"" for data in self.shard.read(self.offsets.tolist())]
+
+    def split(self, size: int) -> "list[Piece]":
+        """The same images, at most `size` in a piece."""
+        starts = range(0, len(self.rows), size)
+        return [Piece(self.shard, self.rows[at : at + size], self.offsets[at : at + size]) for at in starts]
 
 
 def load(config: DataConfig, keep: Kept | None = None) -> Images:

@@ -13,8 +13,8 @@ from meanet.data.sources import schema_of
 from meanet.data.table import Images, ImageTable, Rows
 from meanet.errors import UserError
 
-_ROW_GROUP = 512
-"""Rows that a reader takes at once."""
+_ROW_GROUP_BYTES = 16 * 2**20
+"""A reader takes a row group at once: so much, decoded."""
 
 
 def write(table: Images, output: str, image_size: int | None, rows_per_shard: int) -> list[dict[str, Any]]:
@@ -61,7 +61,8 @@ def _write_set(table: Images, rows: Rows, folder: str, image_size: int | None, r
     for number, start in enumerate(starts):
         part = slice(start, start + rows_per_shard)
         shard = _rows(schema, table, rows[part], sums[part], digests[part])
-        storage.write_parquet(shard, f"{folder}/{number:05d}-of-{len(starts):05d}.parquet", row_group_size=_ROW_GROUP)
+        name = f"{folder}/{number:05d}-of-{len(starts):05d}.parquet"
+        storage.write_parquet(shard, name, row_group_size=max(1, _ROW_GROUP_BYTES // int(np.prod(table.image_shape))))
     classes = len(table.class_names)
     return {"uri": f"parquet:{folder}", "shape": table.image_shape, "classes": classes, "shards": len(starts), **facts}
 

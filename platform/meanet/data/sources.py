@@ -49,8 +49,8 @@ class Facts:
 class Shard(Protocol):
     """What is read at once: small, plain data that may travel to another process."""
 
-    def read(self) -> list[bytes | None]:
-        """The encoded images of its rows."""
+    def read(self, offsets: Sequence[int] | None = None) -> list[bytes | None]:
+        """The encoded images of its rows, or of those at these offsets."""
 
 
 class Encoded(Protocol):
@@ -144,9 +144,10 @@ class FolderShard:
     root: str
     paths: tuple[str, ...]
 
-    def read(self) -> list[bytes | None]:
-        """Their bytes."""
-        return list(storage.read_files(self.root, self.paths))
+    def read(self, offsets: Sequence[int] | None = None) -> list[bytes | None]:
+        """Their bytes, or those of the files at these offsets."""
+        paths = self.paths if offsets is None else [self.paths[offset] for offset in offsets]
+        return list(storage.read_files(self.root, paths))
 
 
 @dataclass(frozen=True)
@@ -157,9 +158,11 @@ class ParquetShard:
     group: int
     column: str
 
-    def read(self) -> list[bytes | None]:
-        """The bytes of its images."""
+    def read(self, offsets: Sequence[int] | None = None) -> list[bytes | None]:
+        """The bytes of its images, or of those at these offsets."""
         column = storage.read_row_group(self.file, self.group, self.column)
+        if offsets is not None:
+            column = column.take(pa.array(offsets, pa.int64()))
         return [row["bytes"] if isinstance(row, dict) else row for row in column.to_pylist()]
 
 
