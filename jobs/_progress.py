@@ -11,10 +11,12 @@ def say(text: str) -> None:
 
 
 class TrainingProgress:
-    """Prints each epoch with the time that is left, by the mean pace of the run's own epochs."""
+    """Prints each epoch with the time that is left, by the pace of the run's own epochs and the work in each."""
 
-    def __init__(self, total_epochs: int) -> None:
-        self._total, self._done, self._seen = total_epochs, 0, 0
+    def __init__(self, epochs: dict[str, int], work: dict[str, float]) -> None:
+        """`epochs` of each phase, in order, and `work` of one of its epochs, in any unit common to all."""
+        self._work = [work[phase] for phase, count in epochs.items() for _ in range(count)]
+        self._done, self._seen = 0, 0.0
         self._started: float | None = None
 
     def __call__(self, event: dict[str, Any]) -> None:
@@ -25,15 +27,15 @@ class TrainingProgress:
             self._epoch(event)
 
     def _start(self, event: dict[str, Any]) -> None:
-        self._started, self._seen, self._done = time.monotonic(), 0, event["epochs_done"]
+        self._started, self._seen, self._done = time.monotonic(), 0.0, event["epochs_done"]
         verb = "resumed from the last checkpoint" if event["resumed"] else "started"
-        say(f"  {event['workers']} worker(s) {verb}, pid {event['pid']}, {self._done} of {self._total} epochs done")
+        say(f"  {event['workers']} worker(s) {verb}, pid {event['pid']}, {self._done} of {len(self._work)} epochs done")
 
     def _epoch(self, event: dict[str, Any]) -> None:
-        self._seen += 1
+        self._seen += self._work[self._done]
         self._done += 1
         pace = (time.monotonic() - (self._started or time.monotonic())) / self._seen
-        left = max(0.0, pace * (self._total - self._done))
+        left = pace * sum(self._work[self._done :])
         say(
             f"  {event['phase']:<9} epoch {event['epoch']:>3}/{event['epochs']:<3} loss {event['loss']:.4f}  "
             f"validation {event['validation_accuracy']:.4f}  left {int(left // 60)}:{int(left % 60):02d}"

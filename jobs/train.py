@@ -17,9 +17,9 @@ from meanet.artifact import TrainedModel
 from meanet.config import DataConfig, Recipe
 from meanet.data import ImageTable, Splits
 from meanet.errors import UserError, exit_on_user_error
-from meanet.loop import State
+from meanet.loop import PHASES, State
 from meanet.tracking import Tracker
-from meanet.training import check
+from meanet.training import check, epoch_work
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,9 @@ def train(run: RunFolder, recipe: Recipe, tracker: Tracker, workers: int | None,
         tracker.log_text(run.record.mlflow_run, json.dumps(asdict(skipped)), "skipped_rows.json")
         run.save()
     log = _PhaseLog(run, recipe, tracker)
-    total = recipe.main.epochs + recipe.extension.epochs + recipe.cloud.epochs
-    show = _progress.TrainingProgress(total)
+    show = _progress.TrainingProgress(
+        {name: getattr(recipe, name).epochs for name in PHASES}, epoch_work(recipe, splits)
+    )
     state = cluster.train(
         recipe,
         splits,

@@ -159,7 +159,7 @@ class _RayWorker:
         with tempfile.TemporaryDirectory() as folder:
             save_state(state, Path(folder))
             ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
-        self.send({"event": "epoch", **metrics})
+        self.send({"event": "epoch", "at": time.time(), **metrics})
 
     def send(self, event: dict[str, Any]) -> None:
         """Tell the driver; rank 0 only."""
@@ -169,24 +169,24 @@ class _RayWorker:
 
 def _train_loop(config: dict[str, Any]) -> None:
     recipe = Recipe.from_dict(config["recipe"])
-    splits: Splits = ray.get(
-        config["splits"]
-    )  # resident pixels stay where they are: every worker reads the same memory
+    splits: Splits = ray.get(config["splits"])  # pixels in memory are the object store's, shared by all workers
     checkpoint = ray.train.get_checkpoint()
     state = load_state(checkpoint) if checkpoint else None
     worker = _RayWorker(config["mailbox"])
+    loop_worker: Worker = worker
+    feed = resident_feed if isinstance(splits.table, ImageTable) else streaming_feed
+    trainer = Trainer(recipe, splits, loop_worker, state, feed)
     worker.send(
         {
             "event": "start",
+            "at": time.time(),
             "pid": os.getpid(),
             "workers": worker.world_size,
             "epochs_done": len(state.history) if state else 0,
             "resumed": state is not None,
         }
     )
-    loop_worker: Worker = worker
-    feed = resident_feed if isinstance(splits.table, ImageTable) else streaming_feed
-    Trainer(recipe, splits, loop_worker, state, feed).run()
+    trainer.run()
 
 
 def save_state(state: State, folder: Path) -> None:

@@ -19,7 +19,7 @@ from meanet.data import ImageTable, Splits
 from meanet.energy import Macs, cost_model
 from meanet.feeds import Batch, Feed, ResidentFeed, Scaling
 from meanet.loop import PHASES, Phase, PhaseRunner, State, Worker, autocast
-from meanet.models import CloudNet, MainBlock, MEANet
+from meanet.models import CloudNet, MainBlock, MEANet, macs_of
 from meanet.models.backbones import load_pretrained
 from meanet.preprocessing import Preprocessing
 
@@ -82,6 +82,19 @@ def check(recipe: Recipe, splits: Splits) -> None:
     networks = build_networks(recipe, (channels, height, width), splits.table.num_classes)
     load_published_weights(recipe, networks)
     cost_model(recipe.energy, Macs(0, 0, 0, 0))
+
+
+def epoch_work(recipe: Recipe, splits: Splits) -> dict[str, float]:
+    """MACs of one epoch of each phase: three passes' worth of what is trained, one of what is frozen."""
+    networks = build_networks(recipe, preprocessing_of(recipe, splits).image_shape, splits.table.num_classes)
+    macs = macs_of(networks.meanet, networks.cloud, preprocessing_of(recipe, splits).image_shape)
+    hard = recipe.split.size(splits.table.num_classes) / splits.table.num_classes
+    of_image = {
+        "main": 3 * macs.main,
+        "extension": hard * (macs.main + 3 * (macs.adaptive + macs.extension)),
+        "cloud": 3 * macs.cloud,
+    }
+    return {name: float(len(splits.train) * value) for name, value in of_image.items()}
 
 
 MakeFeed = Callable[[Recipe, Splits, Scaling], Feed]

@@ -43,7 +43,7 @@ class Images(ABC):
     def evaluation_batch(self) -> int:
         """How many images a network evaluates at once: fewer of large ones."""
         height, width, _ = self.image_shape
-        return min(512, max(16, 2**21 // (height * width)))
+        return min(512, max(16, 2**17 // (height * width)))
 
     @property
     @abstractmethod
