@@ -6,7 +6,7 @@ Joins the cluster in RAY_ADDRESS or starts a local one. Run again after an inter
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def train(run: RunFolder, recipe: Recipe, tracker: Tracker, workers: int | None,
         run.record.mlflow_run = tracker.start_run(f"{recipe.name}-{run.record.id}", recipe.to_dict(), _tags(run))
         tracker.log_dataset(run.record.mlflow_run, splits.table)
         skipped = splits.table.skipped
-        tracker.log_text(run.record.mlflow_run, json.dumps(asdict(skipped)), "skipped_rows.json")
+        tracker.log_text(run.record.mlflow_run, json.dumps(vars(skipped)), "skipped_rows.json")
         run.save()
     log = _PhaseLog(run, recipe, tracker)
     show = _progress.TrainingProgress(

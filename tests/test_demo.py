@@ -1,5 +1,6 @@
 """The whole life in one command: killed in the middle, gone on with, finished, and nothing of it left running."""
 
+import dataclasses
 import json
 import os
 import re
@@ -12,19 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ENVIRONMENT
 from mlflow import MlflowClient
 from server import MARK, marked
 
+from meanet import artifact
+from meanet.config import Recipe
+from meanet.data import Splits
 from meanet.evaluation import ExitsTable
-from meanet.loop import PHASES
+from meanet.loop import PHASES, SingleProcess
 from meanet.operating_point import policy_of, search
 from meanet.recipes import digits
 from meanet.routing import GATES, Policy
 from meanet.thresholds import replay
+from meanet.training import Trainer
 
 pytestmark = pytest.mark.cluster
-EPOCHS = 5
+EPOCHS = {"main": 5, "extension": 8, "cloud": 10}
 POLICIES = {"main_only", "edge_only", "cloud_only", "operating_point", "oracle"}
 POLICIES |= {"authors_threshold", "sedna_filter", "random"}
 
@@ -34,16 +40,19 @@ class Demo:
     folder: Path
     store: str
     report: dict[str, Any]
+    recipe: Recipe
     first: list[str]
-    """Progress of the attempt that was killed."""
+    """Progress of the attempt that was killed between the main and the extension phase."""
     second: list[str]
+    """Progress of the one that was killed inside the cloud phase."""
+    third: list[str]
     """Progress of the one that finished."""
     left: list[int]
     """Processes that stayed."""
 
 
 def start(folder: Path, mark: str) -> "subprocess.Popen[str]":
-    flags = [f"--{phase}.epochs={EPOCHS}" for phase in ("main", "extension", "cloud")]
+    flags = [f"--{phase}.epochs={epochs}" for phase, epochs in EPOCHS.items()]
     return subprocess.Popen(
         [sys.executable, "-m", "jobs.demo", "digits", "--json", *flags],
         env=ENVIRONMENT | {MARK: mark},
@@ -54,33 +63,64 @@ def start(folder: Path, mark: str) -> "subprocess.Popen[str]":
     )
 
 
+def kill_after(process: "subprocess.Popen[str]", pattern: str) -> list[str]:
+    """SIGKILL the driver as soon as its progress says so; what it had said."""
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if re.search(pattern, line):
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    process.communicate()
+    return said
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     folder, mark = tmp_path_factory.mktemp("demo"), uuid.uuid4().hex
-    killed = start(folder, mark)
-    assert killed.stderr is not None
-    first = []
-    for line in killed.stderr:
-        first.append(line)
-        if re.search(r"extension epoch +3/", line):
-            os.kill(killed.pid, signal.SIGKILL)
-            break
-    killed.communicate()
+    first = kill_after(start(folder, mark), rf"main +epoch +{EPOCHS['main']}/")
+    second = kill_after(start(folder, mark), r"cloud +epoch +2/")
     finished = start(folder, mark)
     stdout, stderr = finished.communicate(timeout=400)
     assert finished.returncode == 0, stderr
     store = f"sqlite:///{folder / 'outputs/mlflow/mlflow.db'}"
-    return Demo(folder, store, json.loads(stdout), first, stderr.splitlines(), marked(mark))
+    recipe = digits()
+    for phase, epochs in EPOCHS.items():
+        shorter = dataclasses.replace(getattr(recipe, phase), epochs=epochs)
+        recipe = dataclasses.replace(recipe, **{phase: shorter})  # type: ignore[arg-type]
+    return Demo(folder, store, json.loads(stdout), recipe, first, second, stderr.splitlines(), marked(mark))
+
+
+def trained(said: list[str]) -> list[tuple[str, int]]:
+    """Phase and number of each epoch in a command's progress."""
+    found = [re.search(r"(\w+) +epoch +(\d+)/", line) for line in said]
+    return [(match[1], int(match[2])) for match in found if match]
+
+
+WHOLE = [(phase, epoch) for phase in PHASES for epoch in range(1, EPOCHS[phase] + 1)]
 
 
 def test_interrupted_run_goes_on_where_it_stopped(demo: Demo) -> None:
-    """What the second command trains is the tail of the whole, from the kill on or (its workers outlive it) later."""
-    assert any("going on with the interrupted run" in line for line in demo.second)
-    found = [re.search(r"(\w+) +epoch +(\d+)/", line) for line in demo.second]
-    again = [(match[1], int(match[2])) for match in found if match]
-    whole = [(phase, epoch) for phase in PHASES for epoch in range(1, EPOCHS + 1)]
-    assert 0 < len(again) <= 2 * EPOCHS - 2, "a finished phase is not trained again"
-    assert again == whole[-len(again) :]
+    """Between phases and inside one: each command trains what the one before had not (its workers may outlive it)."""
+    assert trained(demo.first) == WHOLE[: EPOCHS["main"]]
+    begun = WHOLE.index(trained(demo.second)[0])
+    assert begun >= EPOCHS["main"] - 1, "the main phase is not run again"
+    assert trained(demo.second) == WHOLE[begun : WHOLE.index(("cloud", 2)) + 1]
+    assert any("going on with the interrupted run" in line for line in demo.third)
+    left = trained(demo.third)
+    assert 0 < len(left) < EPOCHS["cloud"], "finished phases are not run again"
+    assert left == WHOLE[-len(left) :]
+
+
+def test_interrupted_run_equals_an_uninterrupted_one(demo: Demo, splits: Splits) -> None:
+    """Killed twice, it ends with the weights and hard classes of one that was left alone, in one process."""
+    alone = Trainer(demo.recipe, splits, SingleProcess()).run()
+    model = artifact.load(demo.folder / "outputs/demo/model")
+    assert list(model.hard_classes) == alone.hard_classes
+    for phase, module in model.networks.trained.items():
+        for name, tensor in module.state_dict().items():
+            torch.testing.assert_close(tensor, alone.weights[phase][name], msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_nothing_stays_running(demo: Demo) -> None:
@@ -134,7 +174,7 @@ def test_mlflow_has_the_run_its_phases_and_the_champion(demo: Demo) -> None:
     assert int(champion.version) == demo.report["model_version"]
     parent = client.get_run(str(champion.run_id))
     assert parent.info.status == "FINISHED"
-    assert parent.data.params["main.epochs"] == str(EPOCHS)
+    assert parent.data.params["main.epochs"] == str(EPOCHS["main"])
     assert parent.data.metrics["test/operating_point/accuracy"] == pytest.approx(
         demo.report["policies"]["operating_point"]["accuracy"]
     )
@@ -145,5 +185,5 @@ def test_mlflow_has_the_run_its_phases_and_the_champion(demo: Demo) -> None:
     assert {run.info.run_name for run in nested} == {"main", "extension", "cloud"}
     for run in nested:
         steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")]
-        assert sorted(set(steps)) == list(range(1, EPOCHS + 1))
+        assert sorted(set(steps)) == list(range(1, EPOCHS[run.info.run_name] + 1))
         assert run.info.status == "FINISHED"

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from pictures import coloured, encode, image_folder
 
 from meanet import artifact
 from meanet.artifact import TrainedModel
+from meanet.config import DataConfig
+from meanet.data import load
 from meanet.evaluation import ExitsTable
 from meanet.tracking import Tracker
 
@@ -189,9 +192,50 @@ def test_serving_on_a_busy_port_or_without_a_champion(job: Job, folder: Path, tm
     assert f"127.0.0.1:{busy_port} is in use: choose another with --port" in busy.stderr
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "demo", "sweep", "register", "promote"])
+def test_describe_says_what_blocks_and_exits_cost(job: Job, folder: Path) -> None:
+    """By recipe, link and upload; no data is read."""
+    found = json.loads(job("jobs.describe", "cifar100_resnet32_b", "--json").stdout)
+    assert set(found["blocks"]) == {"main", "adaptive", "extension", "cloud"}
+    assert all(set(block) >= {"macs", "params", "training_bytes"} for block in found["blocks"].values())
+    assert found["blocks"]["main"]["macs"] / 1e6 == pytest.approx(69.13, rel=0.015)
+    main, extension, cloud, cloud_only = (found["exits"][name] for name in ("main", "extension", "cloud", "cloud_only"))
+    assert main["edge_compute"] == pytest.approx(69.13e6 * 4.6e-12, rel=0.015)
+    assert extension["edge_compute"] > main["edge_compute"] == cloud["edge_compute"] > cloud_only["edge_compute"] == 0
+    assert cloud["upload"] == pytest.approx(7.13e-3, rel=1e-3), "a raw 32x32x3 image over WiFi"
+    words = ("--energy.link", "lte", "--image-bytes", "1000", "--model.join", "sum", "--num-classes", "10")
+    other = json.loads(job("jobs.describe", "cifar100_resnet32_b", *words, "--json").stdout)
+    assert other["joules_source"] == "modelled:horowitz_45nm+lte"
+    assert other["num_hard_classes"] == 5
+    assert other["blocks"]["extension"]["macs"] < found["blocks"]["extension"]["macs"]
+    assert "69.13 M" in job("jobs.describe", "cifar100_resnet32_b").stdout
+    small = job("jobs.describe", "cifar100_resnet32_b", "--image-shape", "3", "8", "8")
+    assert small.returncode == 1
+    assert "model.main_pool is 8 but the main block's feature map is 2x2: lower it" in small.stderr
+
+
+def test_ingest_writes_what_training_reads(job: Job, folder: Path, tmp_path: Path) -> None:
+    photos = image_folder(tmp_path / "photos", 2, 10, 12)
+    (photos / "class1" / "cut.png").write_bytes(encode(coloured(1, 12, 0))[:100])
+    done = job("jobs.ingest", f"folder:{photos}", str(tmp_path / "set"), "--max-bad-fraction", "0.1", "--json")
+    said = json.loads(done.stdout)
+    assert said["skipped"] == {"truncated": 1}
+    assert "skipped 1 truncated: class1/cut.png" in done.stderr
+    (written,) = said["sets"]
+    assert (written["rows"], written["counts"]) == (20, {"class0": 10, "class1": 10})
+    assert load(DataConfig(source=written["uri"])).digest == written["digest"]
+    again = job("jobs.ingest", f"folder:{photos}", str(tmp_path / "set"), "--max-bad-fraction", "0.1")
+    assert again.returncode == 1
+    assert "holds Parquet files already: choose another folder" in again.stderr
+    strict = job("jobs.ingest", f"folder:{photos}", str(tmp_path / "other"), "--max-bad-fraction", "0")
+    assert strict.returncode == 1
+    assert "1 of 21 rows" in strict.stderr
+    assert "1 truncated: class1/cut.png" in strict.stderr
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "demo", "sweep", "register", "promote", "describe", "ingest"])
 def test_help(job: Job, folder: Path, name: str) -> None:
-    words = (name, "digits", "--help") if name in ("train", "evaluate", "demo") else (name, "--help")
+    words = (name, "digits", "--help") if name in ("train", "evaluate", "demo", "describe") else (name, "--help")
     done = job(f"jobs.{words[0]}", *words[1:])
     assert done.returncode == 0
     assert "--json" in done.stdout

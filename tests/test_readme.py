@@ -18,7 +18,7 @@ __all__ = ["head"]  # the fixture of a separately started cluster
 
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```sh\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-MAKE, JOBS, HTTP, REGISTRY, CLUSTER = range(5)
+MAKE, JOBS, DESCRIBE, HTTP, REGISTRY, CLUSTER = range(6)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def run(block: str, checkout: Path) -> str:
 
 
 def test_there_are_these_blocks_and_no_others() -> None:
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
     assert BLOCKS[MAKE].split() == ["make", "demo", "make", "test"]
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"`?make (\w+)`?", TEXT):
@@ -61,6 +61,9 @@ def test_jobs_then_http_then_registry(checkout: Path) -> None:
     said = run(BLOCKS[JOBS], checkout)
     assert "operating point" in said
     assert "meanet champion is version 1" in said
+    described = run(BLOCKS[DESCRIBE], checkout)
+    assert "69.13 M" in described
+    assert "modelled:horowitz_45nm+lte" in described
     store = f"sqlite:///{checkout / 'outputs/mlflow/mlflow.db'}"
     with serving(checkout, store) as url:
         block = BLOCKS[HTTP].replace("http://127.0.0.1:8000", url)

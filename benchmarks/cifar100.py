@@ -1,0 +1,225 @@
+"""What a CIFAR-100 run came to: `python -m benchmarks.cifar100 outputs/cifar100_resnet32_b_fast`
+-> docs/benchmarks/cifar100.md with its plots, and benchmarks/evidence/cifar100_resnet32_b.
+
+The run is `jobs.train` and `jobs.evaluate`; all here follows from its exits table, and nothing is chosen on test.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import time
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import pyarrow.parquet as pq
+import tyro
+from mlflow import MlflowClient
+from safetensors.numpy import load_file
+
+from jobs._cli import commit
+from meanet import plots, report
+from meanet.evaluation import ExitsTable
+from meanet.operating_point import Search, search
+from meanet.policies import authors_threshold, random_routing, routing_efficiency, sedna_threshold
+from meanet.routing import GATES, Policy
+from meanet.thresholds import replay
+
+AUTHORS_HARD = (
+    "72 44 10 67 50 73 52 3 4 59 35 55 62 98 78 2 7 47 11 77 42 45 96 5 46 38 87 32 29 25 88 27 33 95 14 65 93 80 "
+    "99 26 "
+    "74 34 79 92 18 22 63 90 24 71"
+)
+"""The authors' hard classes of CIFAR-100, hardest first (their released code)."""
+_LIMIT = 10 * 2**20
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Write the page, the plots and the evidence."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run's folder: run.json, model/, exits.parquet."""
+    tracking_uri: str
+    """Its MLflow store."""
+    command: str
+    """The command that trained it, as a reader would give it."""
+    trained_at: str
+    """The commit that trained it."""
+    note: str = ""
+    """What else a reader should know of the run."""
+    page: Path = Path("docs/benchmarks/cifar100.md")
+    """The page; plots go beside it."""
+    evidence: Path = Path("benchmarks/evidence/cifar100_resnet32_b")
+    """Exits table and edge weights for later work."""
+
+
+def phases(flags: Flags) -> list[str]:
+    """A line a phase, from MLflow: epochs, seconds an epoch, final loss and validation accuracy."""
+    client = MlflowClient(flags.tracking_uri)
+    lines = [
+        "| phase | epochs | seconds an epoch (median) | last loss | validation accuracy |",
+        "|---|---|---|---|---|",
+    ]
+    runs = json.loads((flags.run / "run.json").read_text())["phase_runs"]
+    for phase, run in runs.items():
+        history = {
+            key: [metric.value for metric in client.get_metric_history(run, key)]
+            for key in ("seconds", "loss", "validation_accuracy")
+        }
+        seconds, loss, accuracy = history.values()
+        lines.append(f"| {phase} | {len(loss)} | {median(seconds):.0f} | {loss[-1]:.3f} | {accuracy[-1]:.2%} |")
+    return lines
+
+
+def policies(table: ExitsTable, found: Search, facts: report.Facts) -> tuple[dict[str, Any], list[str]]:
+    """The report, and a line a policy: on test, with what random routing yields at the same cloud share."""
+    built = report.build(table, found, facts)
+    test, costs = table.exits("test"), table.costs
+    gates = {
+        "operating_point": Policy.from_dict(found.chosen),
+        "authors_threshold": Policy(
+            thresholds=(authors_threshold(table.exits("validation")),), hard_classes=table.hard_classes
+        ),
+        "sedna_filter": Policy(thresholds=(sedna_threshold(len(table.class_names)),), hard_classes=table.hard_classes),
+    }
+    lines = [
+        "| policy | accuracy | of hard classes | main | extension | cloud | mJ an image | random routing at that cloud "
+        "share | routing efficiency |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, policy in built["policies"].items():
+        if name == "random":
+            continue
+        share = policy["share"]
+        cells = [name.replace("_", " "), f"{policy['accuracy']:.2%}", f"{policy['accuracy_hard_classes']:.2%}"]
+        cells += [f"{share[exit_]:.1%}" for exit_ in ("main", "extension", "cloud")]
+        cells.append(f"{1e3 * sum(policy['joules'].values()):.3f}")
+        if name in gates:
+            random = random_routing(test, costs, gates[name], share["cloud"])
+            efficiency = routing_efficiency(test, gates[name])
+            cells += [f"{random.accuracy:.2%}", "" if efficiency is None else f"{efficiency:.3f}"]
+        else:
+            cells += ["", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return built, lines
+
+
+def fronts(table: ExitsTable, found: Search) -> list[str]:
+    """What each distance from cloud-only costs: the cheapest policy within it on validation, as it does on test."""
+    test, costs = table.exits("test"), table.costs
+    lines = [
+        "| at most below cloud-only (95% sure on validation) | gate | hard classes in use | accuracy | cloud | mJ |",
+        "|---|---|---|---|---|---|",
+    ]
+    constraint = table.recipe.operating_point
+    for loss in (0.005, 0.01, 0.02, 0.03, 0.05, 0.08):
+        chosen = search(table, replace(constraint, max_accuracy_loss_vs_cloud=loss), GATES).chosen
+        policy = Policy.from_dict(chosen)
+        figures = replay(test, costs, policy)
+        lines.append(
+            f"| {100 * loss:.1f} points | {policy.gate} | {len(policy.hard_classes)} | {figures.accuracy:.2%} "
+            f"| {figures.share['cloud']:.1%} | {1e3 * figures.total_joules:.3f} |"
+        )
+    assert found.points, "there are policies to choose from"
+    return lines
+
+
+def write_evidence(flags: Flags, table: ExitsTable) -> dict[str, Any]:
+    """Exits table and edge weights, at most 10 MB together, with their digests."""
+    folder = flags.evidence
+    folder.mkdir(parents=True, exist_ok=True)
+    logits = ["main_logits", "extension_logits"]
+    columns = [f"{name}.list.element" for name in logits]
+    pq.write_table(
+        table.table,
+        folder / "exits.parquet",
+        compression="zstd",
+        compression_level=19,
+        use_dictionary=["split"],
+        use_byte_stream_split=columns,
+    )
+    for name in ("edge.safetensors", "model.json"):
+        (folder / name).write_bytes((flags.run / "model" / name).read_bytes())
+    files = sorted(path for path in folder.iterdir() if path.name != "manifest.json")
+    size = sum(path.stat().st_size for path in files)
+    manifest = {
+        "command": flags.command,
+        "commit": flags.trained_at,
+        "bytes": size,
+        "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+        "data_digest": json.loads((flags.run / "model" / "model.json").read_text())["data_digest"],
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    if size > _LIMIT:
+        raise SystemExit(f"the evidence has {size} bytes and may have {_LIMIT}")
+    return manifest
+
+
+def main() -> None:
+    """Command-line entry."""
+    flags = tyro.cli(Flags, prog="python -m benchmarks.cifar100")
+    table = ExitsTable.read(flags.run / "exits.parquet")
+    found = search(table, table.recipe.operating_point, GATES)
+    record = json.loads((flags.run / "run.json").read_text())
+    facts = report.Facts(table.recipe.seed, flags.trained_at, record["seconds"], {})
+    built, lines = policies(table, found, facts)
+    folder = flags.page.parent / flags.page.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = plots.all_figures(built, table, found)
+    for name, figure in figures.items():
+        plots.save_png(figure, folder / f"{name}.png")
+    (folder / "report.json").write_text(json.dumps(built, indent=2) + "\n")
+    manifest = write_evidence(flags, table)
+    overlap = len(set(table.hard_classes) & {int(word) for word in AUTHORS_HARD.split()})
+    weights = load_file(flags.run / "model" / "edge.safetensors")
+    names = ("torch", "torchvision", "ray", "mlflow", "numpy")
+    text = [
+        "# CIFAR-100, ResNet-32 B on the edge, ResNet-18 in the cloud",
+        "",
+        f"`{flags.command}`",
+        "",
+        f"Trained at commit {flags.trained_at}, this page made at {commit()}, {time.strftime('%Y-%m-%d')}; "
+        f"{os.cpu_count()} CPUs ({platform.machine()}), no GPU, Python {platform.python_version()}, "
+        f"{', '.join(f'{name} {version(name)}' for name in names)}. {flags.note}",
+        "",
+        "A schedule cut to what two CPU cores train in an hour or so; the full schedules wait for a GPU. 45,000 "
+        "images to "
+        "train on, 5,000 to choose on, CIFAR-100's own 10,000 to report on.",
+        "",
+        *phases(flags),
+        "",
+        f"{sum(weight.size for weight in weights.values()) / 1e6:.2f} M numbers on the edge. Of the 50 hard classes, "
+        f"{overlap} are among the authors' 50 (25 would be by chance).",
+        "",
+        "## Policies, on test",
+        "",
+        *lines,
+        "",
+        f"{report.summary(built)} Energy is the edge device's, {table.costs.tag}, PNG uploads. Chosen on validation: "
+        f"the "
+        f"operating point (gate {found.chosen['gate']}, the cheapest of {found.points} policies that is, with 95% "
+        "confidence, within half a point of cloud-only) and the authors' threshold. Routing efficiency: (gate - "
+        "random) / "
+        "(oracle - random) in accuracy, at the gate's cloud share.",
+        "",
+        "## What distance from the cloud costs",
+        "",
+        *fronts(table, found),
+        "",
+        *(f"![{name.replace('_', ' ')}]({flags.page.stem}/{name}.png)" for name in figures),
+        "",
+        f"The exits table and the edge's weights stand in {flags.evidence} ({manifest['bytes'] / 2**20:.1f} MiB, "
+        f"digests "
+        "in its manifest.json).",
+        "",
+    ]
+    flags.page.write_text("\n".join(text))
+    print("\n".join(text))
+
+
+if __name__ == "__main__":
+    main()
