@@ -19,7 +19,8 @@ def test_own_folder_of_seven_classes(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "trees", 7, 30, 64, name_of=lambda class_id: CLASSES[class_id])
     (folder / "elm" / "broken.png").write_bytes(b"\x89PNG and no more")
     flags = ["--data.source", f"folder:{folder}", "--split.num-hard-classes", "3", "--data.flip"]
-    flags += [f"--{phase}.epochs={epochs}" for phase, epochs in (("main", 6), ("extension", 4), ("cloud", 3))]
+    flags += [f"--{phase}.epochs={epochs}" for phase, epochs in (("main", 6), ("extension", 4), ("cloud", 8))]
+    flags += [f"--{phase}.batch-size=16" for phase in ("main", "extension", "cloud")]
     mark = uuid.uuid4().hex
     done = subprocess.run(
         [sys.executable, "-m", "jobs.demo", "digits", "--output", "outputs/trees", "--json", *flags],
