@@ -138,7 +138,9 @@ class _RayWorker:
         self._mailbox = mailbox
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        wrapped: nn.Module = prepare_model(module)
+        """Buffers are not sent round every step: `synchronise` does it where they matter, at an epoch's end."""
+        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True} if self.world_size > 1 else None
+        wrapped: nn.Module = prepare_model(module, parallel_strategy_kwargs=options)
         return wrapped
 
     def synchronise(self, module: nn.Module) -> None:
