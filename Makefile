@@ -35,7 +35,8 @@ serve: $(READY)
 	@exec $(RUN) -m serve_apps $(ARGS)
 
 mlflow: $(READY)
-	MLFLOW_DISABLE_TELEMETRY=true $(VENV)/bin/mlflow server --host 127.0.0.1 --port 5000 \
+	@mkdir -p outputs/mlflow
+	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(VENV)/bin/mlflow server --host 127.0.0.1 --port 5000 \
 	    --backend-store-uri sqlite:///$(CURDIR)/outputs/mlflow/mlflow.db $(ARGS)
 
 bench: $(READY)

@@ -87,7 +87,7 @@ def phases(flags: Flags) -> list[str]:
     runs = json.loads((flags.run / "run.json").read_text())["phase_runs"]
     for phase, run in runs.items():
         history = {
-            key: [metric.value for metric in client.get_metric_history(run, key)]
+            key: [*{metric.step: metric.value for metric in client.get_metric_history(run, key)}.values()]
             for key in ("seconds", "loss", "validation_accuracy")
         }
         seconds, loss, accuracy = history.values()

@@ -45,6 +45,7 @@ from meanet.training import Trainer, build_networks, preprocessing_of
 
 Variant = Literal["plain", "ours", "float32", "ray1", "ray2", "joint"]
 VARIANTS: tuple[Variant, ...] = ("plain", "ours", "float32", "ray1", "ray2", "joint")
+_COUNTS = ("images", "validation", "epochs", "extension_epochs", "rounds")
 _BATCH = 128
 _RATE = 0.1
 
@@ -69,6 +70,12 @@ class Flags:
     """Which."""
     output: Path = Path("docs/benchmarks/training.md")
     """The page."""
+
+    @property
+    def command(self) -> str:
+        """What repeats this run."""
+        words = [f"--{name.replace('_', '-')} {getattr(self, name)}" for name in _COUNTS]
+        return f"python -m benchmarks.training --data {self.data} {' '.join(words)} --variants {' '.join(self.variants)}"
 
 
 @dataclass(frozen=True)
@@ -355,7 +362,7 @@ def launch(variant: Variant, splits: Path, seed: int, flags: Flags) -> dict[str,
 
 
 def write_splits(flags: Flags, path: Path) -> None:
-    """The slice, stratified as any division here."""
+    """The slice: images drawn at random by a fixed seed."""
     table = data.load(DataConfig(source=flags.data), keep="resident")
     assert isinstance(table, ImageTable), "asked for"
     order = np.random.default_rng(0).permutation(len(table.labels))[: flags.images + flags.validation]
@@ -445,7 +452,7 @@ def page(runs: Runs, flags: Flags, commit: str) -> str:
         [
             "# Training speed",
             "",
-            f"`python -m benchmarks.training`, {time.strftime('%Y-%m-%d')}, commit {commit}, {os.cpu_count()} CPUs "
+            f"`{flags.command}`, {time.strftime('%Y-%m-%d')}, commit {commit}, {os.cpu_count()} CPUs "
             f"({_cpu()}, {platform.system()}), no GPU, Python {platform.python_version()}, {versions}.",
             "",
             f"ResNet-32 B, {flags.images} images of CIFAR-100, batch {_BATCH}, one cycle, {flags.epochs} epochs of the "

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from meanet.config import Recipe
 from meanet.errors import UserError
 from meanet.storage import writable_directory, write_text
 
+_IDENTITY = ("recipe", "digest", "tracking_uri", "data_digest")
+"""What must be the same for an interrupted run to go on."""
 STAGES = ("train", "evaluate", "sweep", "register", "serve", "report")
 
 
@@ -36,6 +38,8 @@ class Record:
     digest: str
     """Of the whole recipe: other flags make another run."""
     tracking_uri: str
+    data_digest: str = ""
+    """Of the images: others make another run, for they would be divided otherwise."""
     mlflow_run: str | None = None
     phase_runs: dict[str, str] = field(default_factory=dict)
     """Phase -> MLflow run, nested below mlflow_run."""
@@ -82,13 +86,14 @@ class RunFolder:
         self.save()
 
     @staticmethod
-    def begin(root: Path, recipe: Recipe, tracking_uri: str, goal: str) -> "RunFolder":
+    def begin(root: Path, recipe: Recipe, tracking_uri: str, data_digest: str, goal: str) -> "RunFolder":
         """Go on with an interrupted run of the same recipe and flags, or start a new one.
 
         Args:
             root: the folder.
             recipe: the whole config.
             tracking_uri: MLflow's store.
+            data_digest: of the images.
             goal: the last stage of the command; a run that has reached it is finished.
 
         Raises:
@@ -96,14 +101,15 @@ class RunFolder:
         """
         writable_directory(root)
         record = _read(root)
-        same = record is not None and (record.digest, record.tracking_uri) == (recipe.digest(), tracking_uri)
+        asked = Record("", recipe.name, recipe.digest(), tracking_uri, data_digest)
+        same = record is not None and all(getattr(record, name) == getattr(asked, name) for name in _IDENTITY)
         if record is not None and same and goal not in record.seconds:
             finished = ", ".join(record.seconds) or "nothing yet"
             _progress.say(f"going on with the interrupted run {record.id} (finished: {finished})")
             return RunFolder(root, record, resumed=True)
         _clear(root)
         identity = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-        folder = RunFolder(root, Record(identity, recipe.name, recipe.digest(), tracking_uri), resumed=False)
+        folder = RunFolder(root, replace(asked, id=identity), resumed=False)
         folder.save()
         return folder
 

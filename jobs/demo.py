@@ -14,8 +14,9 @@ from jobs import _cli, _progress, _server
 from jobs._run import RunFolder
 from jobs.evaluate import evaluate
 from jobs.sweep import sweep
-from jobs.train import load_splits, object_store_bytes, train
+from jobs.train import check_cluster, load_splits, object_store_bytes, train
 from meanet import artifact, cluster, plots, report
+from meanet.artifact import TrainedModel
 from meanet.config import Recipe
 from meanet.errors import UserError, exit_on_user_error
 from meanet.evaluation import ExitsTable
@@ -57,10 +58,12 @@ class Demo:
     def all_stages(self) -> dict[str, Any]:
         """Run what is left; returns the report."""
         with cluster.ray_cluster(self.environment.ray_address, object_store_bytes(self.splits)) as address:
-            self.run = RunFolder.begin(self.flags.output, self.recipe, self.environment.tracking_uri, goal="report")
+            storage = check_cluster(self.splits, self.flags.workers, self.flags.storage)
+            digest, store = self.splits.table.digest, self.environment.tracking_uri
+            self.run = RunFolder.begin(self.flags.output, self.recipe, store, digest, goal="report")
             if not self.run.done("train"):
                 with self.run.stage("train"):
-                    train(self.run, self.recipe, self.tracker, self.flags.workers, self.flags.storage)
+                    train(self.run, self.recipe, self.tracker, self.flags.workers, storage)
             table = self._evaluate()
             found = self._sweep(table)
             if not self.run.done("register"):
@@ -76,7 +79,13 @@ class Demo:
         if self.run.done("evaluate"):
             return ExitsTable.read(self.run.exits)
         with self.run.stage("evaluate"):
-            return evaluate(self.run, artifact.load(self.run.model))
+            return evaluate(self.run, self._model())
+
+    def _model(self) -> TrainedModel:
+        model = artifact.load(self.run.model)
+        if model.recipe != self.recipe:
+            raise UserError(f"{self.run.model} holds a model of another recipe or other flags: remove {self.run.root}")
+        return model
 
     def _sweep(self, table: ExitsTable) -> Search:
         """Milliseconds, so done again on resuming: the same table gives the same point."""
@@ -87,7 +96,7 @@ class Demo:
             return found
 
     def _register(self, found: Search) -> None:
-        model = artifact.load(self.run.model).with_operating_point(found.chosen)
+        model = self._model().with_operating_point(found.chosen)
         version = self.tracker.register(model, self._mlflow_run)
         self.tracker.promote(version, force=self.flags.force)
         self.run.record.version = version

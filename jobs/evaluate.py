@@ -53,6 +53,11 @@ def main() -> None:
     output = flags.output or Path("outputs") / flags.recipe.name
     run = RunFolder.open(output, flags.recipe.name, environment.tracking_uri)
     model = artifact.load(run.model)
+    if model.recipe.name != flags.recipe.name:
+        raise UserError(
+            f"{run.model} holds a model of recipe {model.recipe.name!r}, not {flags.recipe.name!r}: give the folder of "
+            "that recipe with --output, or train it"
+        )
     if flags.recipe not in (model.recipe, recipe(flags.recipe.name)):
         raise UserError(
             f"the flags ask for another recipe than {run.root} was trained by: evaluation runs the trained "

@@ -16,8 +16,9 @@ from meanet import artifact, cluster, data
 from meanet.artifact import TrainedModel
 from meanet.config import DataConfig, Recipe
 from meanet.data import ImageTable, Splits
-from meanet.errors import UserError, exit_on_user_error
+from meanet.errors import exit_on_user_error
 from meanet.loop import PHASES, State
+from meanet.storage import check_writable
 from meanet.tracking import Tracker
 from meanet.training import check, epoch_work
 
@@ -41,7 +42,8 @@ class Flags:
 def train(run: RunFolder, recipe: Recipe, tracker: Tracker, workers: int | None, storage: str | None) -> TrainedModel:
     """The training stage, on the connected cluster."""
     splits = load_splits(recipe)
-    if run.record.mlflow_run is None:
+    if run.record.mlflow_run is None or not tracker.has_run(run.record.mlflow_run):
+        run.record.phase_runs = {}
         run.record.mlflow_run = tracker.start_run(f"{recipe.name}-{run.record.id}", recipe.to_dict(), _tags(run))
         tracker.log_dataset(run.record.mlflow_run, splits.table)
         skipped = splits.table.skipped
@@ -59,10 +61,20 @@ def train(run: RunFolder, recipe: Recipe, tracker: Tracker, workers: int | None,
         num_workers=workers,
         on_event=_both(show, log.on_event),
     )
-    log.complete(state)
     model = artifact.from_state(state, splits)
     artifact.save(model, run.model)
+    log.complete(state)
     return model
+
+
+def check_cluster(splits: Splits, workers: int | None, storage: str | None) -> str | None:
+    """What only the connected cluster can tell, before an earlier run is replaced; returns the storage, absolute.
+
+    Raises:
+        UserError: more workers than it has CPUs; a storage that cannot be written.
+    """
+    cluster.scaling(workers, streaming=not isinstance(splits.table, ImageTable))
+    return check_writable(storage) if storage else None
 
 
 def load_splits(recipe: Recipe) -> Splits:
@@ -147,16 +159,15 @@ def main() -> None:
     environment = _cli.Environment.read()
     flags = _cli.parse_recipe("train", Flags)
     recipe = flags.recipe
-    if flags.workers is not None and flags.workers < 1:
-        raise UserError(f"--workers is {flags.workers}: it must be 1 or more")
     output = flags.output or Path("outputs") / recipe.name
     splits = load_splits(recipe)
     check(recipe, splits)  # every mistake that can be found is found before an earlier run is replaced
     tracker = Tracker(environment.tracking_uri)
     with cluster.ray_cluster(environment.ray_address, object_store_bytes(splits)):
-        run = RunFolder.begin(output, recipe, environment.tracking_uri, goal="train")
+        storage = check_cluster(splits, flags.workers, flags.storage)
+        run = RunFolder.begin(output, recipe, environment.tracking_uri, splits.table.digest, goal="train")
         with run.stage("train"):
-            model = train(run, recipe, tracker, flags.workers, flags.storage)
+            model = train(run, recipe, tracker, flags.workers, storage)
     assert run.record.mlflow_run is not None, "training has a run"
     tracker.end_run(run.record.mlflow_run)
     result = {"model": str(run.model), "hard_classes": list(model.hard_classes), "mlflow_run": run.record.mlflow_run}

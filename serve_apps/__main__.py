@@ -58,21 +58,27 @@ def free_port(host: str, port: int) -> int:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as error:
-            why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+        except (OSError, OverflowError) as error:  # taken; no such host or port
+            taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+            why = "is in use" if taken else f"cannot be used ({error})"
             raise UserError(f"{host}:{port} {why}: choose another with --port, or 0 for a free one") from error
         return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager
-def deployed(flags: Flags, args: AppArgs, port: int) -> Iterator[str]:
+def deployed(flags: Flags, args: AppArgs) -> Iterator[str]:
     """The application while the block runs, once it answers; yields its URL.
 
     On a cluster where Serve runs already, its address stays as it is and its other applications are left alone.
+
+    Raises:
+        UserError: the cluster serves an application of this name, which somebody else has started.
     """
     running = _get_global_client(raise_if_no_controller_running=False)
     logging_config = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    options = running.http_config if running else HTTPOptions(host=flags.host, port=port)
+    if running and NAME in serve.status().applications:
+        raise UserError(f"this cluster serves {NAME!r} already: end that first, or use another cluster (RAY_ADDRESS)")
+    options = running.http_config if running else HTTPOptions(host=flags.host, port=free_port(flags.host, flags.port))
     if not running:
         serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options, logging_config=logging_config)
     try:
@@ -85,12 +91,17 @@ def deployed(flags: Flags, args: AppArgs, port: int) -> Iterator[str]:
             serve.shutdown()  # type: ignore[no-untyped-call]
 
 
-def _stop_signal() -> threading.Event:
-    """An event that Ctrl-C and SIGTERM set; to be called after Ray, which installs handlers of its own."""
+def _stop_signal(ready: threading.Event) -> threading.Event:
+    """An event that Ctrl-C and SIGTERM set; to be called after Ray, which installs handlers of its own.
+
+    Before the server is `ready`, they interrupt whatever it waits for.
+    """
     stop = threading.Event()
 
     def on_signal(_signum: int, _frame: FrameType | None) -> None:
         stop.set()
+        if not ready.is_set():
+            raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
@@ -102,7 +113,11 @@ def main() -> None:
     """Command-line entry."""
     flags = tyro.cli(Flags, prog="python -m serve_apps")
     tracking_uri = store_uri(os.environ.get("MLFLOW_TRACKING_URI"))
-    port = free_port(flags.host, flags.port)
+    if not os.environ.get("RAY_ADDRESS"):
+        free_port(flags.host, flags.port)  # before a cluster starts; a running one may serve at an address of its own
+    for name in ("edge_replicas", "cloud_replicas"):
+        if getattr(flags, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(flags, name)}: it must be 1 or more")
     version = Tracker(tracking_uri).version_of(flags.version)  # before a cluster starts: it may not exist
     args = AppArgs(
         tracking_uri=tracking_uri,
@@ -111,8 +126,10 @@ def main() -> None:
         cloud_replicas=flags.cloud_replicas,
     )
     with ray_cluster(os.environ.get("RAY_ADDRESS") or None):
-        stop = _stop_signal()
-        with deployed(flags, args, port) as url:
+        ready = threading.Event()
+        stop = _stop_signal(ready)
+        with deployed(flags, args) as url:
+            ready.set()
             if flags.ready_file:
                 write_text(json.dumps({"url": url, "pid": os.getpid()}), flags.ready_file)
             print(f"serving {NAME} version {version} at {url}  (docs: {url}/docs; Ctrl-C stops)", flush=True)

@@ -11,6 +11,7 @@ import asyncio
 from dataclasses import asdict
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from fastapi import FastAPI, HTTPException, Query, Request
 from pydantic import BaseModel, ConfigDict
@@ -74,7 +75,8 @@ class Cloud:
     async def classify(self, images: Images) -> CloudAnswer:
         """Answers for (N, H, W, C) images."""
         reading = await asyncio.to_thread(self._runtime.run, images)
-        return CloudAnswer(reading.pred.tolist(), reading.confidence.tolist())
+        sound = np.isfinite(reading.entropy)  # logits that are not finite are no answer, and NaN says so
+        return CloudAnswer(reading.pred.tolist(), np.where(sound, reading.confidence, np.nan).tolist())
 
 
 @serve.deployment(name="edge", max_ongoing_requests=128, max_queued_requests=512)

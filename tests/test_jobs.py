@@ -73,7 +73,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory, model: TrainedModel, table:
         (("train", "digits", "--main.epoch", "3"), ("--main.epoch",)),
         (("train", "digits", "--main.epochs", "many"), ("many",)),
         (("train", "digits", "--main.epochs", "0"), ("epochs is 0", "1 or more")),
-        (("train", "digits", "--workers", "0"), ("--workers is 0", "1 or more")),
         (("train", "digits", "--output", "/proc/nowhere"), ("/proc/nowhere", "--output")),
         (("evaluate", "digits", "--output", "elsewhere"), ("elsewhere", "jobs.train digits")),
         (("evaluate", "digits", "--main.epochs", "99"), ("flags ask for another recipe", "drop the flags")),
@@ -81,7 +80,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, model: TrainedModel, table:
         (("sweep", "nothing.parquet"), ("nothing.parquet does not exist", "run the job")),
         (("register", "elsewhere"), ("elsewhere", "jobs.train")),
         (("promote",), ("version", "--rollback")),
-        (("promote", "7"), ("no version '7'", "jobs.train")),
+        (("promote", "7"), ("no version '7'", "jobs.register")),
         (("promote", "--rollback"), ("no champion", "nothing to roll back")),
     ],
 )
@@ -91,6 +90,25 @@ def test_mistakes_are_named(job: Job, folder: Path, words: tuple[str, ...], name
     assert done.returncode in (1, 2), said
     for name in names:
         assert name in said
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (("--workers", "0"), ("--workers is 0", "1 or more")),
+        (("--workers", "99"), ("99 workers", "CPUs", "lower --workers")),
+        (("--storage", "/proc/nowhere"), ("/proc/nowhere cannot be written", "--storage")),
+    ],
+)
+def test_what_the_cluster_refuses_keeps_the_earlier_run(
+    job: Job, folder: Path, words: tuple[str, ...], names: tuple[str, ...]
+) -> None:
+    done = job("jobs.train", "digits", *words)
+    assert done.returncode == 1
+    for name in names:
+        assert name in done.stderr
+    assert (folder / "outputs" / "digits" / "model" / "model.json").exists()
 
 
 @pytest.mark.parametrize("hard", ["0", "10"])
@@ -131,6 +149,15 @@ def test_checkpoint_of_another_recipe(job: Job, folder: Path) -> None:
     assert "holds a model of recipe 'imagenet', not 'digits'" in done.stderr
 
 
+def test_model_of_another_recipe_in_the_folder(job: Job, folder: Path, model: TrainedModel) -> None:
+    mixed = folder / "mixed"
+    shutil.copytree(folder / "outputs" / "digits", mixed)
+    artifact.save(dataclasses.replace(model, recipe=dataclasses.replace(model.recipe, name="other")), mixed / "model")
+    done = job("jobs.evaluate", "digits", "--output", "mixed")
+    assert done.returncode == 1
+    assert "holds a model of recipe 'other', not 'digits'" in done.stderr
+
+
 def test_evaluate_sweep_register_promote_by_json(job: Job, folder: Path) -> None:
     """The jobs hand on to each other by what they write."""
     evaluated = json.loads(job("jobs.evaluate", "digits", "--json").stdout)
@@ -159,6 +186,9 @@ def test_paper_space_and_other_link(job: Job, folder: Path) -> None:
     assert {row["gate"] for row in paper["front"]} == {"main_entropy"}
     assert paper["operating_point"]["expected"]["joules_source"] == "modelled:horowitz_45nm+lte"
     assert json.loads((folder / "p.json").read_text())["id"] == paper["operating_point"]["id"]
+    nowhere = job("jobs.sweep", exits, "--output", "/proc/nowhere/p.json")
+    assert nowhere.returncode == 1
+    assert "/proc/nowhere/p.json cannot be written" in nowhere.stderr
     unknown = job("jobs.sweep", exits, "--link", "pigeon")
     assert unknown.returncode == 1
     assert "unknown link profile 'pigeon': choose one of wifi, lte, 3g" in unknown.stderr
@@ -190,6 +220,12 @@ def test_serving_on_a_busy_port_or_without_a_champion(job: Job, folder: Path, tm
     busy = job("serve_apps.__main__", "--port", str(busy_port), MLFLOW_TRACKING_URI=store)
     assert busy.returncode == 1
     assert f"127.0.0.1:{busy_port} is in use: choose another with --port" in busy.stderr
+    beyond = job("serve_apps.__main__", "--port", "70000", MLFLOW_TRACKING_URI=store)
+    assert beyond.returncode == 1
+    assert "127.0.0.1:70000 cannot be used" in beyond.stderr
+    none = job("serve_apps.__main__", "--edge-replicas", "0", "--port", "0", MLFLOW_TRACKING_URI=store)
+    assert none.returncode == 1
+    assert "--edge-replicas is 0: it must be 1 or more" in none.stderr
 
 
 def test_describe_says_what_blocks_and_exits_cost(job: Job, folder: Path) -> None:

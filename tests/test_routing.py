@@ -171,3 +171,5 @@ def test_policy_round_trip_and_damage() -> None:
         Policy.from_dict({key: value for key, value in policy.to_dict().items() if key != "thresholds"})
     with pytest.raises(UserError, match="cannot be read"):
         Policy.from_dict(policy.to_dict() | {"hard_classes": None})
+    with pytest.raises(UserError, match="operating point cannot be read: ValueError"):
+        Policy.from_dict(policy.to_dict() | {"thresholds": ["high"]})

@@ -15,6 +15,7 @@ from PIL import Image
 from meanet import data
 from meanet.config import DataConfig
 from meanet.data import ImageTable, StreamedTable
+from meanet.data.images import BadImageError
 from meanet.data.loading import load, resident_limit
 from meanet.data.shards import write
 from meanet.errors import UserError
@@ -234,6 +235,22 @@ def test_columns_are_asked_for_where_they_are_not_clear(tmp_path: Path) -> None:
     pq.write_table(pa.table({"label": [0]}), path)
     with pytest.raises(UserError, match="no columns of images among label"):
         load(config(f"parquet:{path}"))
+
+
+def test_label_beyond_the_rows_is_no_class(tmp_path: Path) -> None:
+    """Where no names say how many classes there are."""
+    path = parquet(tmp_path / "a.parquet", rows(9), None)
+    table = pq.read_table(path)
+    labels = [*table["fine_label"].to_pylist()[:-1], 2**40]
+    pq.write_table(table.set_column(1, "fine_label", pa.array(labels)), path)
+    found = load(config(f"parquet:{path}", max_bad_fraction=0.2))
+    assert found.class_names == ("0", "1", "2")
+    assert dict(found.skipped.counts) == {"label out of range": 1}
+
+
+def test_bad_image_error_travels_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(BadImageError("truncated", "cut short")))
+    assert (error.kind, str(error)) == ("truncated", "cut short")
 
 
 def test_written_set_says_what_it_is(tmp_path: Path, folder: Path) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ENVIRONMENT, ROOT
 from pictures import image_folder
@@ -28,7 +29,7 @@ def test_three_times_the_object_store_passes_without_spilling(tmp_path: Path) ->
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    print({name: value for name, value in found.items() if name != "rows"})
+    print({name: value for name, value in found.items() if name not in ("rows", "parts")})
     assert found["decoded_bytes"] >= 3 * STORE
     assert found["spilled_bytes"] == 0
     assert found["peak_bytes"] < STORE
@@ -37,6 +38,11 @@ def test_three_times_the_object_store_passes_without_spilling(tmp_path: Path) ->
     assert found["evaluated_in_order"]
     assert found["mixed"]
     assert found["repeatable"]
+    one, other = (set(part) for part in found["parts"])
+    assert len(one) == len(other) == 4 * 32, "each of two workers has its own part, however few the shards"
+    assert not one & other
+    assert set(found["losses"]) == {"main", "extension", "cloud"}, "a network trains on it"
+    assert all(np.isfinite(loss) for loss in found["losses"].values())
 
 
 def test_imagenet_network_trains_by_streaming(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def exits(seed: int, count: int, num_classes: int = 5, num_hard: int = 3, *, tie
     extension = generator.normal(size=(count, num_hard)) + 3 * (labels[:, None] == np.array(hard))
     if ties and count > 4:
         main[1:3] = main[0]
-        main[3] = np.nan
+        main[3 : 3 + seed % 3] = np.nan
     guess = generator.integers(0, num_classes, count)
     cloud = np.where(generator.random(count) < 0.9, labels, guess)
     sent = generator.integers(50, 500, count)

@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlflow
 import pytest
 from conftest import ENVIRONMENT
+from mlflow import MlflowClient
 
 from meanet.artifact import TrainedModel
 from meanet.data import Splits
@@ -15,7 +17,7 @@ from meanet.errors import UserError
 from meanet.preprocessing import encode_png
 from meanet.routing import Exit
 from meanet.runtime import Cascade
-from meanet.tracking import Tracker
+from meanet.tracking import Tracker, store_uri
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +139,33 @@ def test_registered_model_answers_in_plain_python(
     expected = Cascade(model).classify(images)
     assert [row["class_id"] for row in rows] == expected.pred.tolist()
     assert [row["exit"] for row in rows] == [Exit(value).label for value in expected.exit]
+
+
+def test_relative_store_is_one_file_wherever_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the working directory of the command: workers and replicas have others."""
+    monkeypatch.chdir(tmp_path)
+    uri = store_uri("sqlite:///mine/mlflow.db")
+    assert uri == f"sqlite:///{tmp_path}/mine/mlflow.db"
+    run = Tracker(uri).start_run("r", {}, {})
+    assert Tracker("sqlite:///mine/mlflow.db").has_run(run)
+    assert not Tracker(uri).has_run("0" * 32)
+    assert store_uri("http://mlflow:5000") == "http://mlflow:5000"
+
+
+def test_store_that_goes_away_is_no_stack_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    run = tracker.start_run("r", {}, {})
+
+    def gone(*_args: object, **_options: object) -> None:
+        raise ConnectionError("connection refused")
+
+    monkeypatch.setattr(MlflowClient, "log_batch", gone)
+    with pytest.raises(UserError, match=r"does not answer any more \(connection refused\).*the same command again"):
+        tracker.log_steps(run, [(1, {"loss": 1.0})])
+
+
+def test_registered_model_names_all_that_it_needs(tracker: Tracker, versions: tuple[int, ...]) -> None:
+    uri = tracker._client.get_model_version_download_uri("meanet", str(versions[0]))
+    path = mlflow.artifacts.download_artifacts(uri, tracking_uri=tracker.uri)
+    needed = {line.split("==")[0] for line in (Path(path) / "requirements.txt").read_text().splitlines()}
+    assert needed >= {"torch", "torchvision", "pyarrow", "safetensors", "pydantic", "numpy", "pandas", "pillow"}

@@ -18,7 +18,7 @@ from meanet.data import Splits
 from meanet.errors import UserError
 from meanet.loop import PHASES, Epoch, PhaseRunner, SingleProcess, State, learning_rate
 from meanet.recipes import digits
-from meanet.training import Trainer, check
+from meanet.training import Networks, Trainer, check
 
 
 def snapshots(recipe: Recipe, splits: Splits) -> list[State]:
@@ -52,6 +52,30 @@ def test_resumed_after_any_epoch_equals_uninterrupted(kept: list[State], splits:
     assert finished.finished
     assert same(finished, kept[-1])
     assert [row["loss"] for row in finished.history] == [row["loss"] for row in kept[-1].history]
+
+
+def test_phase_that_has_begun_keeps_its_classes(kept: list[State], splits: Splits) -> None:
+    """On another machine, rounding might choose others than the exit was half trained for."""
+    begun = State(**copy.deepcopy(asdict(kept[2])))
+    assert (begun.phase, begun.epoch) == (1, 1)
+    begun.hard_classes.reverse()
+    finished = Trainer(short(digits(), 2), splits, SingleProcess(), begun).run()
+    assert finished.hard_classes == kept[-1].hard_classes[::-1]
+
+
+def test_published_weights_of_phases_to_come_are_taken_on_resuming(
+    kept: list[State], splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def publish(_recipe: Recipe, networks: Networks) -> None:
+        for parameter in [*networks.cloud.parameters(), *networks.meanet.main.parameters()]:
+            torch.nn.init.constant_(parameter, 0.5)
+
+    monkeypatch.setattr("meanet.training.load_published_weights", publish)
+    begun = State(**copy.deepcopy(asdict(kept[2])))
+    networks = Trainer(short(digits(), 2), splits, SingleProcess(), begun).networks
+    assert all((parameter == 0.5).all() for parameter in networks.cloud.parameters())
+    for name, tensor in networks.meanet.main.state_dict().items():
+        assert torch.equal(tensor, kept[2].weights["main"][name]), "what was trained stays"
 
 
 def test_same_seed_same_weights_other_seed_other(kept: list[State], splits: Splits) -> None:

@@ -165,6 +165,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): train or download the model again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object: train or download the model again")
     return content
 
 

@@ -1,4 +1,4 @@
-"""The training loop on Ray Train: the only home of ray in meanet.
+"""The training loop on Ray Train: with `meanet.streaming`, its feed of Ray Data, the only home of ray in meanet.
 
 All phases run inside one `fit()`, so that the worker group is started once. Every epoch is reported with a checkpoint;
 after a worker's death the group starts again from the last registered one.
@@ -72,7 +72,7 @@ def ray_cluster(address: str | None, object_store_bytes: int = OBJECT_STORE_BYTE
             options = {"address": address}
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace="meanet", **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise UserError(
                 f"no Ray cluster can be used at {address or 'this machine'} ({str(error).splitlines()[0]}): start one "
                 "with `ray start --head`, or unset RAY_ADDRESS to run locally"
@@ -206,11 +206,19 @@ def _cluster_cpus() -> int:
     return int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
 
 
-def _scaling(num_workers: int | None, *, streaming: bool) -> ScalingConfig:
-    """Workers and their CPUs; a streamed set leaves some to decode it."""
+def scaling(num_workers: int | None, *, streaming: bool) -> ScalingConfig:
+    """Workers of the connected cluster and their CPUs; a streamed set leaves some to decode it.
+
+    Raises:
+        UserError: no workers, or more than there are CPUs, or GPUs where there are any.
+    """
     cpus, gpus = _cluster_cpus(), int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
-    workers = num_workers or (gpus or max(1, cpus // 2))
+    workers = (gpus or max(1, cpus // 2)) if num_workers is None else num_workers
     kept = 1 if streaming else 0
+    if workers < 1:
+        raise UserError(f"--workers is {workers}: it must be 1 or more")
+    if 0 < gpus < workers:
+        raise UserError(f"{workers} workers asked for and the cluster has {gpus} GPUs, one a worker: lower --workers")
     if workers > cpus - kept:
         raise UserError(
             f"{workers} workers asked for and the cluster has {cpus} CPUs"
@@ -240,12 +248,12 @@ def train(
     Raises:
         UserError: more workers than CPUs; or training failed for good.
     """
-    scaling = _scaling(num_workers, streaming=not isinstance(splits.table, ImageTable))
+    workers = scaling(num_workers, streaming=not isinstance(splits.table, ImageTable))
     mailbox = ray.remote(_Mailbox).options(num_cpus=0).remote()
     trainer = TorchTrainer(
         _train_loop,
         train_loop_config={"recipe": recipe.to_dict(), "mailbox": mailbox, "splits": ray.put(splits)},
-        scaling_config=scaling,
+        scaling_config=workers,
         run_config=RunConfig(
             name=name,
             storage_path=storage,
@@ -261,6 +269,8 @@ def train(
             result = _interruptible(trainer.fit)
         except ray.train.TrainingFailedError as error:
             raise UserError(f"training failed after {_MAX_FAILURES} restarts: {_root_cause(error)}") from error
+        except ray.exceptions.RayError as error:
+            raise UserError(f"training could not be run: {_root_cause(error)}") from error
     assert result.checkpoint is not None, "a finished run has a checkpoint"
     return load_state(result.checkpoint)
 

@@ -20,7 +20,7 @@ def exit_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(1)
         except KeyboardInterrupt:
-            print("interrupted: the same command goes on where it stopped", file=sys.stderr, flush=True)
+            print("interrupted", file=sys.stderr, flush=True)
             sys.exit(130)
 
     return wrapped

@@ -5,6 +5,7 @@ Two feeds, one interface: `ResidentFeed` here, and `meanet.streaming.StreamingFe
 Shape letters: N images, B batch, C channels, H height, W width.
 """
 
+import functools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,10 +61,15 @@ class Scaling:
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, H, W, C) bytes -> (B, C, H, W) floats of mean 0 and deviation 1."""
-        std = torch.tensor(self.preprocessing.std, device=self.device)
-        scale, shift = 1 / (255 * std), torch.tensor(self.preprocessing.mean, device=self.device) / std
+        scale, shift = self._factors
         normal = (images.to(self.device, non_blocking=True) * scale - shift).permute(0, 3, 1, 2)
         return normal if self.channels_last else _channels_first(normal)
+
+    @functools.cached_property
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """On the device once: to send them there each step would wait for it."""
+        std = torch.tensor(self.preprocessing.std, device=self.device)
+        return 1 / (255 * std), torch.tensor(self.preprocessing.mean, device=self.device) / std
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 The loop knows no cluster: what surrounds it (one process, or a Ray Train worker) is a `Worker`.
 """
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -167,7 +168,7 @@ class PhaseRunner:
         if self.mixed:
             module.to(memory_format=torch.channels_last)
         self.module = worker.wrap(module)
-        if worker.device.type == "cuda":
+        if worker.device.type == "cuda" and shutil.which("cc"):  # its kernels are built by the C compiler
             self.module.compile()
         self.optimizer = torch.optim.SGD(
             module.parameters(),
@@ -187,7 +188,12 @@ class PhaseRunner:
             )
         per_worker = min(share, max(1, config.batch_size // worker.world_size))
         self.share = Share(worker.rank, worker.world_size, per_worker)
-        self.steps = max(1, min(feed.steps(phase.train_rows, self.share), config.max_steps or 2**31))
+        self.steps = min(feed.steps(phase.train_rows, self.share), config.max_steps or 2**31)
+        if not self.steps:
+            raise UserError(
+                f"phase {phase.name}: the part of one of {worker.world_size} workers holds fewer than the {per_worker} "
+                "images of its step: lower the batch size or the number of workers"
+            )
 
     def run(self) -> None:
         """Train the epochs that are left, reporting each."""

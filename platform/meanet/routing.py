@@ -103,7 +103,9 @@ class Policy:
                 hard_classes=tuple(int(value) for value in plain["hard_classes"]),
                 temperatures={name: float(value) for name, value in plain["temperatures"].items()},
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except UserError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"an operating point cannot be read: {type(error).__name__} {error}") from error
 
 

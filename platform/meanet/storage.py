@@ -149,23 +149,49 @@ def write_parquet(table: pa.Table, uri: str | Path, row_group_size: int | None =
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write a whole local file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a whole local file or nothing.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): choose another path with --output") from error
 
 
-def writable_directory(path: Path) -> Path:
-    """Make a local directory and prove that it can be written, before an hour of work is lost.
+def check_writable(uri: str) -> str:
+    """Prove that a folder, local or s3://, can be written; returns it, absolute if local.
 
     Raises:
         UserError: it cannot.
+    """
+    system, path = resolve(uri)
+    marker = f"{path.rstrip('/')}/.writable"
+    try:
+        if isinstance(system, fs.LocalFileSystem):
+            system.create_dir(path, recursive=True)
+        with system.open_output_stream(marker) as stream:
+            stream.write(b"")
+        system.delete_file(marker)
+    except OSError as error:
+        raise UserError(f"{uri} cannot be written ({error}): choose another with --storage") from error
+    return path if isinstance(system, fs.LocalFileSystem) else uri
+
+
+def writable_directory(path: Path, remedy: str = "--output") -> Path:
+    """Make a local directory and prove that it can be written, before an hour of work is lost.
+
+    Raises:
+        UserError: it cannot; `remedy` is what the user can change.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): choose another with --output") from error
+        raise UserError(f"{path} cannot be written ({error.strerror}): choose another with {remedy}") from error
     return path.absolute()

@@ -42,20 +42,20 @@ def streaming_feed(recipe: Recipe, splits: Splits, scaling: Scaling) -> Feed:
 
 
 class StreamingFeed:
-    """Shards in random order, decoded by Ray Data's tasks; each worker reads its own shards."""
+    """Pieces of shards in random order, decoded by Ray Data's tasks; each worker reads its own pieces."""
 
     def __init__(self, table: StreamedTable, augmentation: Augmentation, scaling: Scaling) -> None:
         self._table, self._augment, self._scaling = table, augmentation, scaling
 
     def steps(self, rows: Tensor, share: Share) -> int:
-        """Of the worker whose shards hold the fewest of these rows."""
+        """Of the worker whose pieces hold the fewest of these rows."""
         held = [sum(len(piece.rows) for piece in pieces) for pieces in self._divide(rows, share)]
         return min(held) // share.per_worker
 
     def train(self, rows: Tensor, share: Share, seeds: tuple[int, int], steps: int) -> Iterator[Batch]:
-        """Pieces of this worker's shards in an order of their own each time, and batches mixed over some of them."""
+        """This worker's pieces in an order of their own each time, and batches mixed over some of them."""
         generator = np.random.default_rng(seeds[0])
-        pieces = self._cut(self._divide(rows, share)[share.rank])
+        pieces = self._divide(rows, share)[share.rank]
         shuffled = [pieces[number] for number in generator.permutation(len(pieces))]
         needed = _first(shuffled, steps * share.per_worker)
         decode = _Decode(self._table.spec, self._augment.config.min_crop_area, seeds[1])
@@ -72,10 +72,10 @@ class StreamingFeed:
         yield from self._batches(self._decoded(pieces, _Decode(self._table.spec, 1.0, None)), size)
 
     def _divide(self, rows: Tensor, share: Share) -> list[list[Piece]]:
-        """Each worker's shards: the largest that are left go to the worker that has least."""
+        """Each worker's pieces: the largest that are left go to the worker that has least."""
         held: list[list[Piece]] = [[] for _ in range(share.world_size)]
         sizes = [0] * share.world_size
-        for piece in sorted(self._table.pieces(rows.cpu().numpy()), key=lambda one: -len(one.rows)):
+        for piece in sorted(self._cut(self._table.pieces(rows.cpu().numpy())), key=lambda one: -len(one.rows)):
             least = int(np.argmin(sizes))
             held[least].append(piece)
             sizes[least] += len(piece.rows)
@@ -88,6 +88,8 @@ class StreamingFeed:
 
     def _decoded(self, pieces: Sequence[Piece], decode: "_Decode") -> Iterator[_Image]:
         """Row and pixels of each image, in order; what Ray Data's object store holds of them is bounded."""
+        if not pieces:
+            return
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
@@ -101,8 +103,8 @@ class StreamingFeed:
         dataset = ray.data.from_items(items, override_num_blocks=len(items))
         decoded = dataset.map_batches(function, batch_size=1, batch_format="numpy")
         for block in decoded.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
-            images = np.array(block["image"])  # a copy: the block itself is the object store's
-            yield from zip(block["row"].tolist(), images, strict=True)
+            # Copies, one an image: the block is the object store's, and mixing keeps some images longer than others.
+            yield from zip(block["row"].tolist(), (image.copy() for image in block["image"]), strict=True)
 
     def _batches(self, images: Iterator[_Image], size: int) -> Iterator[Batch]:
         while part := list(itertools.islice(images, size)):

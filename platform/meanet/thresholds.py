@@ -127,7 +127,8 @@ def sweep_gate(exits: Exits, costs: CostModel, gate: Gate, num_hard: int) -> Poi
     cloud_joules = costs.main_joules + costs.upload_joules(exits.upload_bytes)
     score = complexity(main, gate)
     order = np.argsort(score, kind="stable")
-    kept = np.flatnonzero(np.diff(score[order], append=np.nan, prepend=np.nan) != 0)  # 0, ..., N: where ties end
+    ends = np.flatnonzero(score[order][1:] != score[order][:-1]) + 1  # where ties end
+    kept = np.concatenate(([0], ends, [exits.num_samples]))
     difference = cloud_right[order].astype(np.float64) - edge_right[order]  # what staying on the edge loses
     nothing = np.zeros(exits.num_samples)
     loss = _prefix_mean(difference, nothing)[kept]

@@ -5,16 +5,19 @@ Every call names its run and its store; nothing here touches MLflow's global sta
 """
 
 import contextlib
+import functools
 import json
 import logging
+import os
 import secrets
 import shutil
 import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import mlflow
@@ -37,12 +40,43 @@ MODEL = "meanet"
 EXPERIMENT = "meanet"
 CANDIDATE, CHAMPION = "candidate", "champion"
 _PREVIOUS = "previous_champion"
+_SQLITE = "sqlite:///"
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
 def store_uri(configured: str | None) -> str:
-    """The configured tracking URI, or the embedded store: SQLite in outputs/mlflow, artifacts beside it."""
-    return configured or f"sqlite:///{Path('outputs/mlflow/mlflow.db').absolute()}"
+    """The configured tracking URI, or the embedded store: SQLite in outputs/mlflow, artifacts beside it.
+
+    A SQLite file is named by its absolute path: workers and replicas run in other folders.
+    """
+    uri = configured or "sqlite:///outputs/mlflow/mlflow.db"
+    if not uri.startswith(_SQLITE):
+        return uri
+    return f"{_SQLITE}{Path(uri.removeprefix(_SQLITE)).absolute()}"
+
+
+class _Guarded:
+    """A client whose store may go away at any time: that is the user's to mend, and no stack trace."""
+
+    def __init__(self, client: MlflowClient, uri: str) -> None:
+        self._wrapped, self._uri = client, uri
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._wrapped, name)
+
+        @functools.wraps(call)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return call(*args, **kwargs)
+            except (MlflowException, SQLAlchemyError, OSError) as error:
+                if isinstance(error, MlflowException) and error.error_code in (*_MISSING, "RESOURCE_ALREADY_EXISTS"):
+                    raise
+                raise UserError(
+                    f"the MLflow store {self._uri} does not answer any more ({_first_line(error)}): bring it back and "
+                    "give the same command again; what was finished is kept"
+                ) from error
+
+        return guarded
 
 
 class Tracker:
@@ -58,7 +92,7 @@ class Tracker:
         self.uri = uri
         _check_reachable(uri)
         try:
-            self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+            self._client = cast(MlflowClient, _Guarded(MlflowClient(tracking_uri=uri, registry_uri=uri), uri))
             self._experiment_id = self._experiment()
         except (MlflowException, SQLAlchemyError, OSError) as error:
             raise UserError(
@@ -85,6 +119,13 @@ class Tracker:
         for start in range(0, len(rows), 100):
             self._client.log_batch(run.info.run_id, params=rows[start : start + 100])
         return str(run.info.run_id)
+
+    def has_run(self, run_id: str) -> bool:
+        """Whether a run is there and was not deleted."""
+        try:
+            return bool(self._client.get_run(run_id).info.lifecycle_stage == "active")
+        except MlflowException:
+            return False
 
     def end_run(self, run_id: str, status: str = "FINISHED") -> None:
         """Close a run: FINISHED, FAILED or KILLED."""
@@ -159,7 +200,7 @@ class Tracker:
             kind = "version" if reference.isdigit() else "alias"
             raise UserError(
                 f"model {MODEL!r} has no {kind} {reference!r} in {self.uri}: it has {self._known()}; "
-                "register one with jobs.train, and promote it with jobs.promote VERSION"
+                "register a trained model with jobs.register FOLDER, and promote it with jobs.promote VERSION"
             ) from error
 
     def _known(self) -> str:
@@ -218,6 +259,7 @@ class Tracker:
         previous = current.tags.get(_PREVIOUS)
         if previous is None:
             raise UserError(f"version {current.version} replaced no other champion: promote a version by its number")
+        self.version_of(previous)  # it may have been deleted
         self._client.set_registered_model_alias(MODEL, CHAMPION, previous)
         return int(current.version), int(previous)
 
@@ -228,6 +270,11 @@ class Tracker:
             if error.error_code in _MISSING:
                 return None
             raise
+
+
+_REQUIREMENTS = ("torch", "torchvision", "numpy", "pandas", "pillow", "pyarrow", "safetensors", "pydantic")
+_REQUIREMENTS += ("mlflow-skinny",)
+"""What a registered model needs to answer."""
 
 
 def _save_pyfunc(folder: Path, package: Path) -> None:
@@ -253,7 +300,7 @@ def _save_pyfunc(folder: Path, package: Path) -> None:
             data_path=str(folder),
             code_paths=[str(code)],
             signature=signature,
-            pip_requirements=["torch", "numpy", "pandas", "pillow", "safetensors", "pydantic", "mlflow-skinny"],
+            pip_requirements=[f"{name}=={metadata.version(name)}" for name in _REQUIREMENTS],
         )
 
 
@@ -267,7 +314,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _sqlite_folder(uri: str) -> Path | None:
-    return Path(uri.removeprefix("sqlite:///")).parent if uri.startswith("sqlite:///") else None
+    return Path(uri.removeprefix(_SQLITE)).absolute().parent if uri.startswith(_SQLITE) else None
 
 
 def _check_reachable(uri: str) -> None:
@@ -276,7 +323,10 @@ def _check_reachable(uri: str) -> None:
     if folder:
         from meanet.storage import writable_directory
 
-        writable_directory(folder)
+        writable_directory(folder, "MLFLOW_TRACKING_URI")
+        store = Path(uri.removeprefix(_SQLITE))
+        if store.exists() and not os.access(store, os.W_OK):
+            raise UserError(f"{store} cannot be written: change its permissions, or MLFLOW_TRACKING_URI")
     if urlsplit(uri).scheme in ("http", "https"):
         import httpx
 

@@ -159,8 +159,8 @@ class Trainer:
         self.state = state or State(recipe.to_dict())
         self.preprocessing = preprocessing_of(recipe, splits)
         self.networks = build_networks(recipe, self.preprocessing.image_shape, splits.table.num_classes)
-        if not self.state.weights:
-            load_published_weights(recipe, self.networks)
+        if not self.state.finished:
+            load_published_weights(recipe, self.networks)  # of phases that are yet to come, too
         for name, weights in self.state.weights.items():
             self.networks.trained[name].load_state_dict(weights)
         mixed = recipe.precision == "bfloat16"
@@ -200,7 +200,8 @@ class Trainer:
         main = self.networks.meanet.main.to(self.worker.device).eval().requires_grad_(False)
         if self.recipe.precision == "bfloat16":
             main.to(memory_format=torch.channels_last)
-        self._split_classes()
+        if not (self.state.epoch and self.state.hard_classes):
+            self._split_classes()  # once begun, a phase keeps its classes: elsewhere, rounding might choose others
         labels = self._hard_labels()
         train, validation = (
             torch.from_numpy(rows)[labels[rows] >= 0] for rows in (self.splits.train, self.splits.validation)
@@ -235,11 +236,14 @@ class Trainer:
 
     @torch.no_grad()
     def _split_classes(self) -> None:
-        """Choose the hard classes on validation; a function of the main block's weights, so repeatable."""
-        main, splits, split = self.networks.meanet.main, self.splits, self.recipe.split
+        """Choose the hard classes on validation; each worker asks the main exit of its part and sees all answers."""
+        main, splits, split, worker = self.networks.meanet.main, self.splits, self.recipe.split, self.worker
         rows = splits.validation
-        batches = self.feed.evaluate(torch.from_numpy(rows), splits.table.evaluation_batch)
-        pred = torch.cat([main(images)[1].argmax(dim=1) for _, images in batches]).cpu().numpy()
+        answers = torch.zeros(len(self.labels), device=worker.device)
+        mine = torch.from_numpy(rows)[worker.rank :: worker.world_size]
+        for found, images in self.feed.evaluate(mine, splits.table.evaluation_batch):
+            answers[found] = main(images)[1].argmax(dim=1).to(answers.dtype)
+        pred = worker.total(answers).cpu().numpy().astype(np.int64)[rows]
         labels, num_classes = splits.table.labels[rows], splits.table.num_classes
         self.state.class_precision = class_precision(pred, labels, num_classes).tolist()
         self.state.hard_classes = hard_classes(

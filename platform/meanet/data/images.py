@@ -17,15 +17,21 @@ MODES = {1: "L", 3: "RGB"}
 """Pillow's mode by number of channels."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF")
 """What may be trained on."""
-_EXAMPLES = 5
+_NAMED = 1000
+"""Of each kind of unusable row, so many are remembered by name."""
+_SHOWN = 5
+"""And so many said in a line."""
 
 
 class BadImageError(Exception):
     """An image that cannot be used; `kind` is one of a few words, the message says more."""
 
     def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
+        super().__init__(kind, message)  # both: it travels between processes
+        self.kind, self.message = kind, message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,7 @@ class Skipped:
     counts: Counter[str] = field(default_factory=Counter)
     """By kind."""
     examples: dict[str, list[str]] = field(default_factory=dict)
-    """By kind: the first few, with what is wrong."""
+    """By kind: the names of the first thousand, with what is wrong."""
 
     @property
     def total(self) -> int:
@@ -161,13 +167,14 @@ class Skipped:
         """Count one row."""
         self.counts[kind] += 1
         shown = self.examples.setdefault(kind, [])
-        if len(shown) < _EXAMPLES:
+        if len(shown) < _NAMED:
             shown.append(f"{name} ({detail})" if detail else name)
 
     def lines(self) -> list[str]:
         """One line a kind, for a person."""
         return [
-            f"{self.counts[kind]} {kind}: {_listing(self.examples[kind], self.counts[kind])}" for kind in self.counts
+            f"{self.counts[kind]} {kind}: {_listing(self.examples[kind][:_SHOWN], self.counts[kind])}"
+            for kind in self.counts
         ]
 
     @staticmethod
@@ -177,7 +184,7 @@ class Skipped:
         for part in parts:
             whole.counts.update(part.counts)
             for kind, shown in part.examples.items():
-                whole.examples[kind] = (whole.examples.get(kind, []) + shown)[:_EXAMPLES]
+                whole.examples[kind] = (whole.examples.get(kind, []) + shown)[:_NAMED]
         return whole
 
 

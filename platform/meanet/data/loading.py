@@ -303,6 +303,7 @@ def _common_names(sources: Sequence[Encoded]) -> tuple[str, ...]:
     names = sources[0].class_names
     if names is None:
         labels = np.concatenate([source.labels for source in sources])
+        labels = labels[labels < len(labels)]  # a label beyond the number of rows is a mistake, not a class
         return tuple(str(class_id) for class_id in range(int(labels.max(initial=-1)) + 1))
     return names
 
