@@ -75,7 +75,8 @@ class Flags:
     def command(self) -> str:
         """What repeats this run."""
         words = [f"--{name.replace('_', '-')} {getattr(self, name)}" for name in _COUNTS]
-        return f"python -m benchmarks.training --data {self.data} {' '.join(words)} --variants {' '.join(self.variants)}"
+        words += ["--variants", *self.variants]
+        return f"python -m benchmarks.training --data {self.data} {' '.join(words)}"
 
 
 @dataclass(frozen=True)

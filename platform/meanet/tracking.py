@@ -272,8 +272,7 @@ class Tracker:
             raise
 
 
-_REQUIREMENTS = ("torch", "torchvision", "numpy", "pandas", "pillow", "pyarrow", "safetensors", "pydantic")
-_REQUIREMENTS += ("mlflow-skinny",)
+_REQUIREMENTS = "torch torchvision numpy pandas pillow pyarrow safetensors pydantic mlflow-skinny".split()
 """What a registered model needs to answer."""
 
 
