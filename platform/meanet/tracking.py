@@ -272,7 +272,8 @@ class Tracker:
             raise
 
 
-_REQUIREMENTS = "torch torchvision numpy pandas pillow pyarrow safetensors pydantic mlflow-skinny".split()
+_REQUIREMENTS: tuple[str, ...] = ("torch", "torchvision", "numpy", "pandas", "pillow", "pyarrow", "safetensors")
+_REQUIREMENTS += ("pydantic", "mlflow-skinny")
 """What a registered model needs to answer."""
 
 
