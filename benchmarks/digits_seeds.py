@@ -20,6 +20,7 @@ from typing import Any
 import tyro
 
 _POLICIES = ("main_only", "edge_only", "authors_threshold", "operating_point", "cloud_only", "oracle")
+_SUMMARISED = (*_POLICIES, "sedna_filter", "random")
 _REPEATED = ("hard_classes", "operating_point", "policies", "routing_efficiency")
 
 
@@ -81,7 +82,7 @@ def _summary(reports: list[dict[str, Any]]) -> list[str]:
     ]
     efficiency = [report["routing_efficiency"] for report in reports if report["routing_efficiency"] is not None]
     return [
-        *(f"- {name.replace('_', ' ')}: accuracy {_spread(of(name))}" for name in (*_POLICIES, "sedna_filter", "random")),
+        *(f"- {name.replace('_', ' ')}: accuracy {_spread(of(name))}" for name in _SUMMARISED),
         f"- cascade below cloud-only: {_spread(losses)} (points; worst {100 * max(losses):.2f})",
         *(f"- answered by {name}: {_spread(share(name))}" for name in ("main", "extension", "cloud")),
         f"- hard classes: main only {_spread(of('main_only', 'accuracy_hard_classes'))}, "
@@ -138,8 +139,8 @@ def page(reports: list[dict[str, Any]], repeated: bool) -> str:
             "",
             f"Test split ({reports[0]['samples']} images), on which nothing was chosen; a seed changes the division of "
             "the data, the weights and the order of samples. The operating point is the cheapest that is, with 95% "
-            "confidence on validation, within 0.5 points of cloud-only. The recipe itself was chosen on validation splits "
-            "of other seeds, which divide the same 1,797 images: its test images were seen there, its test splits not.",
+            "confidence on validation, within 0.5 points of cloud-only. The recipe itself was chosen on validation "
+            "splits of other seeds, which divide the same 1,797 images: single images of a test split were seen there.",
             "",
             head,
             rule,
