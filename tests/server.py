@@ -26,6 +26,18 @@ def marked(mark: str) -> list[int]:
     return [pid for pid in found if pid != os.getpid()]
 
 
+def left_running(mark: str) -> list[str]:
+    """Commands of marked processes that do not end by themselves within 20 seconds."""
+    deadline = time.monotonic() + 20
+    while (found := marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    commands = []
+    for pid in found:
+        with contextlib.suppress(OSError):
+            commands.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode())
+    return commands
+
+
 @contextlib.contextmanager
 def serving(folder: Path, tracking_uri: str, *words: str) -> Iterator[str]:
     """`python -m serve_apps` on a free port; yields its URL, and sees to it that nothing of it stays."""
@@ -54,7 +66,4 @@ def serving(folder: Path, tracking_uri: str, *words: str) -> Iterator[str]:
             process.kill()
             process.wait()
     assert process.returncode == 0, log.read_text()
-    deadline = time.monotonic() + 20
-    while marked(mark) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not marked(mark), "Ctrl-C left processes running"
+    assert left_running(mark) == [], "Ctrl-C ends all"

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ENVIRONMENT
 from mlflow import MlflowClient
-from server import MARK, marked
+from server import MARK, left_running
 
 from meanet import artifact
 from meanet.config import Recipe
@@ -47,7 +47,7 @@ class Demo:
     """Progress of the one that was killed inside the cloud phase."""
     third: list[str]
     """Progress of the one that finished."""
-    left: list[int]
+    left: list[str]
     """Processes that stayed."""
 
 
@@ -89,7 +89,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     for phase, epochs in EPOCHS.items():
         shorter = dataclasses.replace(getattr(recipe, phase), epochs=epochs)
         recipe = dataclasses.replace(recipe, **{phase: shorter})  # type: ignore[arg-type]
-    return Demo(folder, store, json.loads(stdout), recipe, first, second, stderr.splitlines(), marked(mark))
+    return Demo(folder, store, json.loads(stdout), recipe, first, second, stderr.splitlines(), left_running(mark))
 
 
 def trained(said: list[str]) -> list[tuple[str, int]]:
