@@ -77,7 +77,10 @@ def deployed(flags: Flags, args: AppArgs) -> Iterator[str]:
     running = _get_global_client(raise_if_no_controller_running=False)
     logging_config = LoggingConfig(log_level="WARNING", enable_access_log=False)
     if running and NAME in serve.status().applications:
-        raise UserError(f"this cluster serves {NAME!r} already: end that first, or use another cluster (RAY_ADDRESS)")
+        raise UserError(
+            f"this cluster serves {NAME!r} already: end that (Ctrl-C where it runs, `serve shutdown` if it was "
+            "killed), or use another cluster (RAY_ADDRESS)"
+        )
     options = running.http_config if running else HTTPOptions(host=flags.host, port=free_port(flags.host, flags.port))
     if not running:
         serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options, logging_config=logging_config)
