@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -45,6 +45,7 @@ _QUIET = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1",  # a killed study loses no more of Tune's own record
 }
 
 
@@ -53,31 +54,58 @@ def parse(command: str, flags: type[Flags], arguments: Sequence[str] | None = No
     return tyro.cli(flags, prog=f"python -m jobs.{command}", args=arguments)
 
 
-def parse_recipe(command: str, flags: type[Flags], arguments: Sequence[str] | None = None) -> Flags:
+def parse_recipe(
+    command: str,
+    flags: type[Flags],
+    arguments: Sequence[str] | None = None,
+    before: Mapping[str, Collection[str]] | None = None,
+) -> Flags:
     """Flags of `command RECIPE`: `flags` has a field `recipe` whose defaults are the named recipe's.
 
+    Args:
+        command: the job's name.
+        flags: what it takes.
+        arguments: the words after the command; the process's own if None.
+        before: words that stand before the recipe: field of `flags` -> what it may be.
+
     Raises:
-        UserError: no recipe, or an unknown one.
+        UserError: one of the first words is missing or unknown.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    known = ", ".join(sorted(RECIPES))
+    asked = {**(before or {}), "recipe": RECIPES}
+    names = " ".join(name.upper() for name in asked)
     if not words or words[0] in ("-h", "--help"):
+        lists = "\n\n".join(f"{name}: {', '.join(sorted(known))}" for name, known in asked.items())
         print(
-            f"usage: python -m jobs.{command} RECIPE [flags]\n\nrecipes: {known}\n\n"
-            f"python -m jobs.{command} RECIPE --help lists the flags, with that recipe's values."
+            f"usage: python -m jobs.{command} {names} [flags]\n\n{lists}\n\n"
+            f"python -m jobs.{command} {names} --help lists the flags, with that recipe's values."
         )
         if words:
             sys.exit(0)
-        raise UserError(f"no recipe given: choose one of {known}")
-    if words[0].startswith("-"):
-        raise UserError(f"the first word is {words[0]!r}: give the recipe first, one of {known}")
+    first: dict[str, Any] = {}
+    for name, known in asked.items():
+        first[name] = _first_word(words[len(first) :], name, known)
     build: Any = flags
-    default: Flags = build(recipe=recipe(words[0]))
-    parsed = tyro.cli(flags, default=default, prog=f"python -m jobs.{command} {words[0]}", args=words[1:])
+    shown = " ".join(first.values())
+    first["recipe"] = recipe(first["recipe"])
+    default: Flags = build(**first)
+    parsed = tyro.cli(flags, default=default, prog=f"python -m jobs.{command} {shown}", args=words[len(first) :])
     chosen: Any = parsed
-    if chosen.recipe.name != words[0]:
-        raise UserError(f"--name is {chosen.recipe.name!r}: a recipe's name is its own, {words[0]!r}; drop the flag")
+    own = first["recipe"].name
+    if chosen.recipe.name != own:
+        raise UserError(f"--name is {chosen.recipe.name!r}: a recipe's name is its own, {own!r}; drop the flag")
     return parsed
+
+
+def _first_word(words: Sequence[str], name: str, known: Collection[str]) -> str:
+    choices = ", ".join(sorted(known))
+    if not words:
+        raise UserError(f"no {name} given: choose one of {choices}")
+    if words[0].startswith("-"):
+        raise UserError(f"{words[0]!r} stands where the {name} belongs: give the {name} first, one of {choices}")
+    if words[0] not in known:
+        raise UserError(f"unknown {name} {words[0]!r}: choose one of {choices}")
+    return words[0]
 
 
 def commit() -> str:

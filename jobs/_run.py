@@ -76,10 +76,9 @@ class RunFolder:
         write_text(json.dumps(asdict(self.record), indent=2), self.root / "run.json")
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a stage, and note its end."""
-        number = STAGES.index(name) + 1
-        _progress.say(f"[{number}/{len(STAGES)}] {name}")
+    def stage(self, name: str, heading: str | None = None) -> Iterator[None]:
+        """Time a stage, and note its end; another command than the demo has its own heading for it."""
+        _progress.say(heading or f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}")
         started = time.perf_counter()
         yield
         self.record.seconds[name] = round(time.perf_counter() - started, 2)

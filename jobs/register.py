@@ -9,6 +9,7 @@ import tyro
 
 from jobs import _cli
 from meanet import artifact
+from meanet.artifact import TrainedModel
 from meanet.errors import UserError, exit_on_user_error
 from meanet.routing import Policy
 from meanet.tracking import MODEL, Tracker
@@ -22,6 +23,8 @@ class Flags:
     """The run's folder: it holds model/ and operating_point.json."""
     operating_point: Path | None = None
     """Another operating point for the same weights; the folder's own if not given."""
+    trial: str | None = None
+    """Of a study's folder (jobs.tune): this trial's model and operating point instead of the chosen one's."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -40,13 +43,31 @@ def read_operating_point(path: Path) -> dict[str, object]:
     return point
 
 
+def _model_and_point(flags: Flags) -> tuple[TrainedModel, dict[str, object]]:
+    """What to register.
+
+    Raises:
+        UserError: the folder has no such model, trial or operating point.
+    """
+    if flags.trial is None:
+        model = artifact.load(flags.folder / "model")
+        return model, read_operating_point(flags.operating_point or flags.folder / "operating_point.json")
+    folder = flags.folder / "trials" / flags.trial / "model"
+    if not folder.exists():
+        known = sorted(path.parent.name for path in (flags.folder / "trials").glob("*/model"))
+        raise UserError(
+            f"{flags.folder} has no model of a trial {flags.trial!r}: choose one of {', '.join(known) or '(none)'}, or "
+            "give a study's folder"
+        )
+    return artifact.load(folder), read_operating_point(flags.operating_point or folder / artifact.OPERATING_POINT)
+
+
 @exit_on_user_error
 def main() -> None:
     """Command-line entry."""
     environment = _cli.Environment.read()
     flags = _cli.parse("register", Flags)
-    model = artifact.load(flags.folder / "model")
-    point = read_operating_point(flags.operating_point or flags.folder / "operating_point.json")
+    model, point = _model_and_point(flags)
     tracker = Tracker(environment.tracking_uri)
     run = tracker.start_run(f"register-{model.recipe.name}", {}, {"recipe": model.recipe.name, "commit": _cli.commit()})
     version = tracker.register(model.with_operating_point(point), run)

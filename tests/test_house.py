@@ -20,7 +20,8 @@ ALLOWED = {
     "serve_apps": {"serve_apps", "meanet"},
 }
 HOMES = {
-    "ray": {"meanet.cluster", "meanet.streaming"},
+    "ray": {"meanet.cluster", "meanet.streaming", "meanet.tuning", "meanet.workers"},
+    "optuna": {"meanet.tuning"},
     "mlflow": {"meanet.tracking"},
     "boto3": {"meanet.storage"},
     "pyarrow.fs": {"meanet.storage"},
@@ -28,7 +29,8 @@ HOMES = {
 """Inside meanet, who may import what."""
 HEAVY = {"torch", "torchvision", "ray", "mlflow", "boto3"}
 BOTTOM = ("errors", "config", "routing", "energy", "thresholds", "policies", "class_split")
-WITHOUT_RAY = ("meanet.training", "meanet.evaluation", "meanet.runtime", "meanet.artifact")
+WITHOUT_RAY = ("meanet.training", "meanet.evaluation", "meanet.runtime", "meanet.artifact", "meanet.trial")
+WITHOUT_RAY += ("meanet.study", "meanet.study_report", "tune_spaces.joint")
 
 
 def modules(root: Path) -> dict[str, ast.Module]:

@@ -1,4 +1,4 @@
-"""The training loop on Ray Train: with `meanet.streaming`, its feed of Ray Data, the only home of ray in meanet.
+"""The training loop on Ray Train. Other homes of ray in meanet: `streaming` (Ray Data), `tuning` (Ray Tune), `workers`.
 
 All phases run inside one `fit()`, so that the worker group is started once. Every epoch is reported with a checkpoint;
 after a worker's death the group starts again from the last registered one.
@@ -14,7 +14,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,15 @@ import ray.train
 import torch
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, get_device, prepare_model
-from torch import nn
+from ray.train.torch import TorchTrainer
 
 from meanet.config import Recipe
 from meanet.data import ImageTable, Splits
 from meanet.errors import UserError
-from meanet.loop import Epoch, State, Worker
+from meanet.loop import Epoch, State
 from meanet.streaming import streaming_feed
 from meanet.training import Trainer, resident_feed
+from meanet.workers import OnEpoch, RayWorker, interruptible, root_cause
 
 OnEvent = Callable[[dict[str, Any]], None]
 OBJECT_STORE_BYTES = 200 * 2**20
@@ -128,45 +127,26 @@ class _Mailbox:
         return events
 
 
-class _RayWorker:
-    """A Ray Train worker as the loop sees it."""
+def _reporter(mailbox: Any) -> OnEpoch:
+    """Every epoch is a checkpoint, and the driver hears of it."""
 
-    def __init__(self, mailbox: Any) -> None:
-        context = ray.train.get_context()
-        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self.device: torch.device = get_device()
-        self._mailbox = mailbox
-
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """Buffers are not sent round every step: `synchronise` does it where they matter, at an epoch's end."""
-        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True} if self.world_size > 1 else None
-        wrapped: nn.Module = prepare_model(module, parallel_strategy_kwargs=options)
-        return wrapped
-
-    def synchronise(self, module: nn.Module) -> None:
-        if self.world_size > 1:
-            for buffer in module.buffers():
-                torch.distributed.broadcast(buffer, src=0)
-
-    def total(self, counts: torch.Tensor) -> torch.Tensor:
-        if self.world_size > 1:
-            torch.distributed.all_reduce(counts)
-        return counts
-
-    def report(self, row: Epoch, state: State) -> None:
+    def on_epoch(row: Epoch, state: State) -> None:
         metrics = asdict(row)
-        if self.rank:
+        if ray.train.get_context().get_world_rank():
             ray.train.report(metrics)
             return
         with tempfile.TemporaryDirectory() as folder:
             save_state(state, Path(folder))
             ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
-        self.send({"event": "epoch", "at": time.time(), **metrics})
+        _send(mailbox, {"event": "epoch", "at": time.time(), **metrics})
 
-    def send(self, event: dict[str, Any]) -> None:
-        """Tell the driver; rank 0 only."""
-        if self.rank == 0:
-            ray.get(self._mailbox.put.remote(event))
+    return on_epoch
+
+
+def _send(mailbox: Any, event: dict[str, Any]) -> None:
+    """Tell the driver; rank 0 only."""
+    if ray.train.get_context().get_world_rank() == 0:
+        ray.get(mailbox.put.remote(event))
 
 
 def _train_loop(config: dict[str, Any]) -> None:
@@ -174,11 +154,11 @@ def _train_loop(config: dict[str, Any]) -> None:
     splits: Splits = ray.get(config["splits"])  # pixels in memory are the object store's, shared by all workers
     checkpoint = ray.train.get_checkpoint()
     state = load_state(checkpoint) if checkpoint else None
-    worker = _RayWorker(config["mailbox"])
-    loop_worker: Worker = worker
+    worker = RayWorker(_reporter(config["mailbox"]))
     feed = resident_feed if isinstance(splits.table, ImageTable) else streaming_feed
-    trainer = Trainer(recipe, splits, loop_worker, state, feed)
-    worker.send(
+    trainer = Trainer(recipe, splits, worker, state, feed)
+    _send(
+        config["mailbox"],
         {
             "event": "start",
             "at": time.time(),
@@ -186,7 +166,7 @@ def _train_loop(config: dict[str, Any]) -> None:
             "workers": worker.world_size,
             "epochs_done": len(state.history) if state else 0,
             "resumed": state is not None,
-        }
+        },
     )
     trainer.run()
 
@@ -266,36 +246,13 @@ def train(
     )
     with _forward(mailbox, on_event):
         try:
-            result = _interruptible(trainer.fit)
+            result = interruptible(trainer.fit)
         except ray.train.TrainingFailedError as error:
-            raise UserError(f"training failed after {_MAX_FAILURES} restarts: {_root_cause(error)}") from error
+            raise UserError(f"training failed after {_MAX_FAILURES} restarts: {root_cause(error)}") from error
         except ray.exceptions.RayError as error:
-            raise UserError(f"training could not be run: {_root_cause(error)}") from error
+            raise UserError(f"training could not be run: {root_cause(error)}") from error
     assert result.checkpoint is not None, "a finished run has a checkpoint"
     return load_state(result.checkpoint)
-
-
-def _interruptible(fit: Callable[[], ray.train.Result]) -> ray.train.Result:
-    """Run `fit` so that Ctrl-C reaches us: in the main thread, Ray Train would install a handler that swallows it."""
-    outcome: Future[ray.train.Result] = Future()
-
-    def run() -> None:
-        try:
-            outcome.set_result(fit())
-        except BaseException as error:  # handed on to the waiting thread, whatever it is
-            outcome.set_exception(error)
-
-    threading.Thread(target=run, name="meanet-fit", daemon=True).start()
-    while True:
-        with contextlib.suppress(TimeoutError):
-            return outcome.result(timeout=0.5)
-
-
-def _root_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 @contextlib.contextmanager

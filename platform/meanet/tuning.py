@@ -1,0 +1,290 @@
+"""A study on Ray Tune, each trial with Ray Train inside: Optuna proposes, a scheduler stops what is hopeless.
+
+Objectives are accuracy and joules together; the scheduler looks at the front's hypervolume. Killed and run again, a
+study goes on from Tune's own record, and a trial that has left its folder is not run again.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+import ray
+import torch
+from ray import tune
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, get_device
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import AsyncHyperBandScheduler
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from meanet.data import ImageTable, Splits
+from meanet.errors import UserError
+from meanet.loop import SingleProcess
+from meanet.streaming import streaming_feed
+from meanet.study import Choice, Domain, FloatRange, IntRange, Measured, Params, Space, Value, read_trials, trial_id
+from meanet.training import resident_feed
+from meanet.trial import RUNGS, Rung, Study, TrialRun
+from meanet.workers import RayWorker, interruptible, root_cause
+
+SearcherName = Literal["optuna", "random"]
+_METRICS, _MODES = ["accuracy", "joules"], ["max", "min"]
+_GRACE, _REDUCTION = RUNGS // 2, 2
+"""Half of a trial's schedule is always trained; then the better half of the trials so far goes on."""
+_DRAWS = 20
+_TRIAL_BYTES = 50 * 2**20
+"""Memory that a trial reserves where its workers have the CPUs: some resource must be named, and no CPU may be."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a study is run."""
+
+    trials: int = 16
+    """Configurations to try."""
+    searcher: SearcherName = "optuna"
+    """optuna: multi-objective TPE; random: for comparison."""
+    concurrent: int | None = None
+    """Trials at a time; as many as the cluster has CPUs for if None."""
+    workers: int = 0
+    """Ray Train workers of a trial; 0 = in the trial's own process, on one CPU."""
+
+    def __post_init__(self) -> None:
+        for name, value, low in (("trials", self.trials, 1), ("workers-per-trial", self.workers, 0)):
+            if value < low:
+                raise UserError(f"--{name} is {value}: it must be {low} or more")
+        if self.concurrent is not None and self.concurrent < 1:
+            raise UserError(f"--concurrent is {self.concurrent}: it must be 1 or more")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a trial ended in Tune's eyes."""
+
+    params: Params
+    measured: Measured | None
+    """Of its last report."""
+    error: str | None
+    """What it failed with."""
+
+
+def run_trials(study: Study, splits: Splits, plan: Plan, name: str) -> list[Ended]:
+    """Run what is left of a study on the connected cluster; finished trials lie in the study's folder.
+
+    Args:
+        study: what trials share.
+        splits: images.
+        plan: how many trials, and how.
+        name: of this study below its folder's `tune/`; the same name goes on.
+
+    Raises:
+        UserError: more workers than the cluster has CPUs; Tune itself failed.
+    """
+    parameters = {"study": study, "splits": [ray.put(splits)], "workers": plan.workers}
+    gpus = min(1, int(ray.cluster_resources().get("GPU", 0)))  # type: ignore[no-untyped-call]
+    own = {"CPU": 1, "GPU": gpus} if plan.workers == 0 else {"memory": _TRIAL_BYTES}
+    scheduler = AsyncHyperBandScheduler(
+        metric="hypervolume",
+        mode="max",
+        max_t=RUNGS + 1,  # the last rung is the trial's own end
+        grace_period=_GRACE,
+        reduction_factor=_REDUCTION,
+    )
+    trainable = tune.with_resources(tune.with_parameters(_trial, **parameters), own)
+    return _fit(trainable, study, plan, name, scheduler)
+
+
+def run_functions(evaluate: Callable[[Params], Measured], study: Study, plan: Plan, name: str) -> list[Ended]:
+    """Run a study of plain functions, which leave their own folders: nothing is trained, nothing is stopped early."""
+    trainable = tune.with_resources(tune.with_parameters(_evaluate, evaluate=[evaluate]), {"CPU": 1})
+    return _fit(trainable, study, plan, name, None)
+
+
+def _fit(trainable: Any, study: Study, plan: Plan, name: str, scheduler: AsyncHyperBandScheduler | None) -> list[Ended]:
+    storage = Path(study.root) / "tune"
+    path = str(storage / name)
+    if tune.Tuner.can_restore(path):
+        tuner = tune.Tuner.restore(path, trainable, resume_unfinished=True, restart_errored=True)
+    else:
+        tuner = tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(  # metric and mode stay out: there are two objectives
+                search_alg=StudySearch(study.space, study.recipe.seed, plan, study.trials),
+                scheduler=scheduler,
+                num_samples=plan.trials,
+                max_concurrent_trials=concurrent(plan),
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(name=name, storage_path=str(storage), verbose=0),
+        )
+    try:
+        grid = interruptible(tuner.fit)
+    except (ray.exceptions.RayError, tune.TuneError) as error:
+        raise UserError(f"the study could not be run: {root_cause(error)}; the same command goes on") from error
+    return [_ended(result) for result in grid]
+
+
+def _ended(result: Any) -> Ended:
+    metrics = result.metrics or {}
+    names = ("accuracy", "joules", "hypervolume")
+    measured = Measured(*(float(metrics[name]) for name in names)) if all(name in metrics for name in names) else None
+    return Ended(dict(result.config), measured, root_cause(result.error) if result.error else None)
+
+
+def _concurrent(plan: Plan) -> int:
+    cpus = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
+    if plan.workers > cpus:
+        raise UserError(f"--workers-per-trial is {plan.workers} and the cluster has {cpus} CPUs: lower it or add nodes")
+    fitting = max(1, cpus // max(1, plan.workers))
+    return min(fitting, plan.trials, plan.concurrent or fitting)
+
+
+# Inside a trial
+
+
+def _evaluate(params: Params, evaluate: list[Callable[[Params], Measured]]) -> None:
+    """A trial that is a plain function."""
+    tune.report(asdict(evaluate[0](dict(params))))
+
+
+def _trial(params: Params, study: Study, splits: list[Any], workers: int) -> None:
+    """A trial that trains: main block under a lock if nobody has yet, then its extension, reporting every rung."""
+    torch.set_num_threads(1)
+    params = dict(params)
+    run = TrialRun(study, params, ray.get(splits[0]))
+    trial = run.finished
+    if trial is None:
+        run.start()
+        trained = []
+        with study.store.lock("main", run.keys["main"]):
+            if run.needs_main:
+                _train("main", study, params, splits, workers, ())
+                trained.append("main")
+        with study.store.lock("extension", run.keys["extension"]):
+            if run.needs_extension:
+                _train("extension", study, params, splits, workers, (*trained, "extension"))
+                return
+            trial = run.leave()
+    tune.report(asdict(trial.measured))
+
+
+def _train(phase: str, study: Study, params: Params, splits: list[Any], workers: int, trained: tuple[str, ...]) -> None:
+    """One phase on Ray Train: in this process, or in a worker group of its own."""
+
+    def loop() -> None:
+        run = TrialRun(study, params, ray.get(splits[0]), trained)
+        feed = resident_feed if isinstance(run.splits.table, ImageTable) else streaming_feed
+        show = _show if workers == 0 else _show_from_group
+        rung = Rung(run, show)
+        worker = SingleProcess(rung, get_device()) if workers == 0 else RayWorker(rung)
+        if phase == "main":
+            run.train_main(worker, feed)
+            return
+        trial = run.train_extension(worker, feed, rung)
+        show(trial.measured if trial else None)
+
+    group = [] if workers == 0 else [TuneReportCallback()]
+    gpus = int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
+    TorchTrainer(
+        loop,
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=0 < workers <= gpus),
+        run_config=RunConfig(
+            name=f"{trial_id(params)}-{phase}", storage_path=str(Path(study.root) / "tune" / "train"), callbacks=group
+        ),
+    ).fit()
+
+
+def _show(measured: Measured | None) -> None:
+    """In a trial's own process Ray Train refuses its `report`: Tune's is the one to call."""
+    assert measured is not None, "the only worker judges"
+    tune.report(asdict(measured))
+
+
+def _show_from_group(measured: Measured | None) -> None:
+    """Every worker reports; the first one's figures reach Tune through its callback."""
+    ray.train.report(asdict(measured) if measured else {})
+
+
+# Proposals
+
+
+def distribution(domain: Domain) -> Any:
+    """A domain in Optuna's words."""
+    if isinstance(domain, Choice):
+        return optuna.distributions.CategoricalDistribution(list(domain.values))
+    if isinstance(domain, IntRange):
+        return optuna.distributions.IntDistribution(domain.low, domain.high)
+    return optuna.distributions.FloatDistribution(domain.low, domain.high, log=domain.log)
+
+
+def draw(domain: Domain, generator: np.random.Generator) -> Value:
+    """A value at random."""
+    if isinstance(domain, Choice):
+        return domain.values[int(generator.integers(len(domain.values)))]
+    if isinstance(domain, IntRange):
+        return int(generator.integers(domain.low, domain.high + 1))
+    if isinstance(domain, FloatRange) and domain.log:
+        return float(np.exp(generator.uniform(np.log(domain.low), np.log(domain.high))))
+    return float(generator.uniform(domain.low, domain.high))
+
+
+def _sampler(plan: Plan, seed: int) -> Any:
+    if plan.searcher == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(
+            seed=seed, multivariate=True, constant_liar=True, n_startup_trials=min(10, max(3, plan.trials // 4))
+        )
+
+
+class StudySearch(OptunaSearch):
+    """Optuna's proposals for two objectives, each configuration once.
+
+    Restored, it proposes first what finished without having been noted: Tune's record may be a moment older than the
+    trials' folders.
+    """
+
+    def __init__(self, space: Space, seed: int, plan: Plan, trials: Path) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        super().__init__(
+            {name: distribution(domain) for name, domain in space.parameters.items()},
+            metric=list(_METRICS),
+            mode=list(_MODES),
+            points_to_evaluate=[dict(params) for params in space.first],
+            sampler=_sampler(plan, seed),
+        )
+        self._domains = dict(space.parameters)
+        self._generator = np.random.default_rng(seed)
+        self._trials_folder = trials
+        self._seen: set[str] = set()
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """A configuration that was not proposed before; the end, where there is none left."""
+        for attempt in range(10 * _DRAWS):
+            if attempt >= _DRAWS:  # the sampler has settled on what is known
+                point = {name: draw(domain, self._generator) for name, domain in self._domains.items()}
+                self._ot_study.enqueue_trial(point)
+            params: dict[str, Any] = super().suggest(trial_id)
+            name = _name(params)
+            if name not in self._seen:
+                self._seen.add(name)
+                return params
+            self._ot_study.tell(self._ot_trials.pop(trial_id), state=optuna.trial.TrialState.FAIL)
+        finished: str = Searcher.FINISHED
+        return finished  # type: ignore[return-value]  # Tune's own way to say so
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Go on from Tune's record and the folders of finished trials."""
+        super().restore(checkpoint_path)
+        for trial in read_trials(self._trials_folder):
+            if trial.id not in self._seen:
+                self._ot_study.enqueue_trial(trial.params)
+
+
+def _name(params: dict[str, Any]) -> str:
+    return trial_id(params)
