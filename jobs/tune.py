@@ -4,7 +4,6 @@ Joins the cluster in RAY_ADDRESS or starts a local one. Run again after an inter
 no finished trial runs twice. docs/tuning.md has the spaces and what comes out.
 """
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -100,7 +99,7 @@ class Tune:
         """Run what is left; returns the report."""
         with cluster.ray_cluster(self.environment.ray_address, object_store_bytes(self.splits)):
             check_cluster(self.splits, self.flags.workers, None)
-            tuning.concurrent(self.plan)
+            tuning.concurrent_trials(self.plan)
             self.folder = StudyFolder.begin(self.root, self._record())
             self._start_run()
             with self.folder.stage("base"):
@@ -202,8 +201,8 @@ class Tune:
                 write_trial(Trial(name, one.params, "stopped", one.measured, ()), study.trials / name)
         if not finished:
             raise UserError(
-                f"no trial of the study finished: {next(iter(self.failed.values()), 'none was started')}; mend that and "
-                "give the same command again"
+                f"no trial of the study finished: {next(iter(self.failed.values()), 'none was started')}; mend that, "
+                "and give the same command again"
             )
 
     @cached_property
@@ -225,7 +224,7 @@ class Tune:
         return report
 
     def _choose(self, study: Study, best: Trial, table: ExitsTable) -> Chosen:
-        """The chosen trial's model, exits and operating point into the study's folder, as `jobs.register` takes them."""
+        """The chosen trial's model, exits and operating point into the study's folder, for `jobs.register`."""
         model = artifact.load(study.trials / best.id / "model")
         own = ExitsTable(exits_table(model, self.splits))
         found, default = self._search(own), self._search(table)

@@ -143,8 +143,8 @@ def summary(report: Mapping[str, Any], over: Gain) -> str:
     against = report["default"]["name"]
     if over.dominates:
         gained = (
-            f"The union front of {report['trials']['finished']} trials dominates {against} somewhere: at equal joules by "
-            f"up to {100 * over.accuracy:.2f} points of accuracy (at {1e6 * over.at_joules:.2f} µJ an image), at equal "
+            f"The union front of {report['trials']['finished']} trials dominates {against} somewhere: at equal joules "
+            f"by up to {100 * over.accuracy:.2f} points of accuracy (at {1e6 * over.at_joules:.2f} µJ an image), at equal "
             f"accuracy by up to {over.joules_share:.0%} of the joules."
         )
     else:

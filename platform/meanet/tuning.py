@@ -86,7 +86,7 @@ def run_trials(study: Study, splits: Splits, plan: Plan, name: str) -> list[Ende
     """
     parameters = {"study": study, "splits": [ray.put(splits)], "workers": plan.workers}
     gpus = min(1, int(ray.cluster_resources().get("GPU", 0)))  # type: ignore[no-untyped-call]
-    own = {"CPU": 1, "GPU": gpus} if plan.workers == 0 else {"memory": _TRIAL_BYTES}
+    own = {"CPU": 1.0, "GPU": float(gpus)} if plan.workers == 0 else {"memory": float(_TRIAL_BYTES)}
     scheduler = AsyncHyperBandScheduler(
         metric="hypervolume",
         mode="max",
@@ -116,7 +116,7 @@ def _fit(trainable: Any, study: Study, plan: Plan, name: str, scheduler: AsyncHy
                 search_alg=StudySearch(study.space, study.recipe.seed, plan, study.trials),
                 scheduler=scheduler,
                 num_samples=plan.trials,
-                max_concurrent_trials=concurrent(plan),
+                max_concurrent_trials=concurrent_trials(plan),
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(name=name, storage_path=str(storage), verbose=0),
@@ -125,7 +125,7 @@ def _fit(trainable: Any, study: Study, plan: Plan, name: str, scheduler: AsyncHy
         grid = interruptible(tuner.fit)
     except (ray.exceptions.RayError, tune.TuneError) as error:
         raise UserError(f"the study could not be run: {root_cause(error)}; the same command goes on") from error
-    return [_ended(result) for result in grid]
+    return [_ended(grid[number]) for number in range(len(grid))]
 
 
 def _ended(result: Any) -> Ended:
@@ -135,7 +135,12 @@ def _ended(result: Any) -> Ended:
     return Ended(dict(result.config), measured, root_cause(result.error) if result.error else None)
 
 
-def _concurrent(plan: Plan) -> int:
+def concurrent_trials(plan: Plan) -> int:
+    """Trials at a time on the connected cluster.
+
+    Raises:
+        UserError: a trial wants more workers than there are CPUs.
+    """
     cpus = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
     if plan.workers > cpus:
         raise UserError(f"--workers-per-trial is {plan.workers} and the cluster has {cpus} CPUs: lower it or add nodes")
@@ -162,17 +167,19 @@ def _trial(params: Params, study: Study, splits: list[Any], workers: int) -> Non
         trained = []
         with study.store.lock("main", run.keys["main"]):
             if run.needs_main:
-                _train("main", study, params, splits, workers, ())
+                _train("main", study, params, splits, workers=workers, trained=())
                 trained.append("main")
         with study.store.lock("extension", run.keys["extension"]):
             if run.needs_extension:
-                _train("extension", study, params, splits, workers, (*trained, "extension"))
+                _train("extension", study, params, splits, workers=workers, trained=(*trained, "extension"))
                 return
             trial = run.leave()
     tune.report(asdict(trial.measured))
 
 
-def _train(phase: str, study: Study, params: Params, splits: list[Any], workers: int, trained: tuple[str, ...]) -> None:
+def _train(
+    phase: str, study: Study, params: Params, splits: list[Any], *, workers: int, trained: tuple[str, ...]
+) -> None:
     """One phase on Ray Train: in this process, or in a worker group of its own."""
 
     def loop() -> None:
@@ -187,7 +194,7 @@ def _train(phase: str, study: Study, params: Params, splits: list[Any], workers:
         trial = run.train_extension(worker, feed, rung)
         show(trial.measured if trial else None)
 
-    group = [] if workers == 0 else [TuneReportCallback()]
+    group: list[Any] = [] if workers == 0 else [TuneReportCallback()]  # type: ignore[no-untyped-call]
     gpus = int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
     TorchTrainer(
         loop,
@@ -268,22 +275,27 @@ class StudySearch(OptunaSearch):
         for attempt in range(10 * _DRAWS):
             if attempt >= _DRAWS:  # the sampler has settled on what is known
                 point = {name: draw(domain, self._generator) for name, domain in self._domains.items()}
-                self._ot_study.enqueue_trial(point)
-            params: dict[str, Any] = super().suggest(trial_id)
+                self._study.enqueue_trial(point)
+            params = super().suggest(trial_id)
+            assert params is not None, "Optuna always has a proposal"
             name = _name(params)
             if name not in self._seen:
                 self._seen.add(name)
                 return params
-            self._ot_study.tell(self._ot_trials.pop(trial_id), state=optuna.trial.TrialState.FAIL)
-        finished: str = Searcher.FINISHED
-        return finished  # type: ignore[return-value]  # Tune's own way to say so
+            self._study.tell(self._ot_trials.pop(trial_id), state=optuna.trial.TrialState.FAIL)
+        finished: Any = Searcher.FINISHED  # Tune's own way to say so
+        return finished  # type: ignore[no-any-return]
+
+    @property
+    def _study(self) -> Any:
+        return self._ot_study
 
     def restore(self, checkpoint_path: str) -> None:
         """Go on from Tune's record and the folders of finished trials."""
         super().restore(checkpoint_path)
         for trial in read_trials(self._trials_folder):
             if trial.id not in self._seen:
-                self._ot_study.enqueue_trial(trial.params)
+                self._study.enqueue_trial(trial.params)
 
 
 def _name(params: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What training under Ray Train and under Ray Tune share: a worker as the loop sees it, and a driver that can be stopped."""
+"""What Ray Train and Ray Tune share here: a worker as the loop sees it, and a driver that can be interrupted."""
 
 import contextlib
 import threading
