@@ -144,8 +144,8 @@ def summary(report: Mapping[str, Any], over: Gain) -> str:
     if over.dominates:
         gained = (
             f"The union front of {report['trials']['finished']} trials dominates {against} somewhere: at equal joules "
-            f"by up to {100 * over.accuracy:.2f} points of accuracy (at {1e6 * over.at_joules:.2f} µJ an image), at equal "
-            f"accuracy by up to {over.joules_share:.0%} of the joules."
+            f"by up to {100 * over.accuracy:.2f} points of accuracy (at {1e6 * over.at_joules:.2f} µJ an image), "
+            f"at equal accuracy by up to {over.joules_share:.0%} of the joules."
         )
     else:
         gained = (

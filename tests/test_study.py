@@ -1,0 +1,461 @@
+"""Studies without Ray: spaces, fronts, what phases are known by, and a whole trial in this process."""
+
+import dataclasses
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import short
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs._study import Record, StudyFolder, TrialLog
+from meanet import artifact
+from meanet.artifact import TrainedModel
+from meanet.config import ModelConfig, Recipe
+from meanet.data import Splits
+from meanet.errors import UserError
+from meanet.evaluation import ExitsTable, exits_table
+from meanet.loop import SingleProcess
+from meanet.phases import PhaseStore, Trained, phase_keys
+from meanet.recipes import RECIPES, digits, nominal
+from meanet.study import (
+    Choice,
+    FloatRange,
+    FrontPoint,
+    IntRange,
+    Measured,
+    Params,
+    Reference,
+    Space,
+    Trial,
+    gain,
+    hypervolumes,
+    measure,
+    read_trial,
+    read_trials,
+    set_fields,
+    trial_id,
+    union_front,
+)
+from meanet.study_report import Chosen, Facts, build, cheapest, figures, front_csv
+from meanet.study_report import write as write_report
+from meanet.thresholds import pareto_front, replay, sweep
+from meanet.tracking import Tracker
+from meanet.training import build_networks, resident_feed
+from meanet.trial import Rung, Study, TrialRun, keep_base, reference_of, rungs, write_trial
+from tune_spaces.blocks import blocks
+from tune_spaces.class_split import class_split
+from tune_spaces.joint import joint
+from tune_spaces.training import training
+
+SPACES = (class_split, blocks, training, joint)
+GATES = ("main_entropy", "max_softmax")
+
+
+def drawn(space: Space, generator: np.random.Generator) -> Params:
+    """Any configuration of a space."""
+    params: Params = {}
+    for name, domain in space.parameters.items():
+        if isinstance(domain, Choice):
+            params[name] = domain.values[int(generator.integers(len(domain.values)))]
+        elif isinstance(domain, IntRange):
+            params[name] = int(generator.integers(domain.low, domain.high + 1))
+        else:
+            params[name] = float(generator.uniform(domain.low, domain.high))
+    return params
+
+
+# Spaces
+
+
+@pytest.mark.parametrize("recipe_name", ["digits", "cifar100_resnet32_a", "cifar100_resnet32_b_fast"])
+@pytest.mark.parametrize("make", SPACES)
+def test_every_configuration_builds_networks(make, recipe_name: str) -> None:  # type: ignore[no-untyped-def]
+    recipe, (shape, classes) = RECIPES[recipe_name](), nominal(recipe_name)
+    recipe = dataclasses.replace(
+        recipe, model=dataclasses.replace(recipe.model, cloud_backbone="residual", cloud=recipe.model.main)
+    )
+    space, generator = make(recipe, classes), np.random.default_rng(0)
+    for _ in range(12):
+        changed = space.apply(recipe, drawn(space, generator))
+        networks = build_networks(changed, shape, classes)
+        images = torch.zeros(2, *shape)
+        with torch.inference_mode():
+            features, logits = networks.meanet.eval().main(images)
+            assert logits.shape == (2, classes)
+            assert networks.meanet.path(images, features).shape == (2, changed.split.size(classes))
+
+
+@pytest.mark.parametrize("make", SPACES)
+@pytest.mark.parametrize("recipe_name", sorted(RECIPES))
+def test_default_is_the_recipe(make, recipe_name: str) -> None:  # type: ignore[no-untyped-def]
+    """The first configuration trains what the recipe trains: it shares every phase with it."""
+    recipe, classes = RECIPES[recipe_name](), nominal(recipe_name)[1]
+    space = make(recipe, classes)
+    assert phase_keys(space.apply(recipe, space.first[0]), "d", classes) == phase_keys(recipe, "d", classes)
+
+
+def test_mobilenet_varies_its_join_alone_and_resnet18_keeps_its_main_block() -> None:
+    mobile = RECIPES["imagenet_mobilenetv2_b"]()
+    assert set(blocks(mobile, 1000).parameters) == {"model.join"}
+    assert blocks(mobile, 1000).apply(mobile, {"model.join": "sum"}).model.join == "sum"
+    with pytest.raises(UserError, match=r"blocks.main_blocks cannot vary for a mobilenet_v2 main block"):
+        blocks(mobile, 1000).apply(mobile, {"model.join": "sum", "blocks.main_blocks": 3})
+    resnet = RECIPES["imagenet_resnet18_b"]()
+    space = blocks(resnet, 1000)
+    assert "blocks.main_blocks" not in space.parameters
+    widened = space.apply(resnet, {**space.first[0], "blocks.adaptive_width": 0.5})
+    assert [stage.width for stage in widened.model.adaptive] == [32, 64, 128, 512], "the last meets the main features"
+
+
+def test_cut_main_block_hands_its_strides_on() -> None:
+    """ResNet-32 B cut after its second stage: what is read of its features has the size that it had."""
+    recipe = RECIPES["cifar100_resnet32_b"]()
+    space = blocks(recipe, 100)
+    model = space.apply(recipe, {**space.first[0], "blocks.main_blocks": 7}).model
+    assert [(s.width, s.blocks, s.stride) for s in model.main] == [(16, 5, 1), (32, 2, 2)]
+    assert [(s.width, s.stride) for s in model.adaptive] == [(16, 1), (32, 2)]
+    assert (model.main_pool, model.extension[0].stride) == (16, 2)
+    longer = space.apply(recipe, {**space.first[0], "blocks.main_blocks": 17}).model
+    assert longer.main[-1].blocks == 7
+
+
+def test_milestones_keep_their_share_of_the_epochs() -> None:
+    recipe = RECIPES["cifar100_resnet32_b"]()
+    space = training(recipe, 100)
+    halved = space.apply(recipe, {**space.first[0], "extension.epochs": 90})
+    assert halved.extension.milestones == (30, 60, 80)
+    assert halved.main == recipe.main
+    cycle = space.apply(recipe, {**space.first[0], "extension.schedule": "one_cycle"})
+    assert cycle.extension.milestones == ()
+    fast = RECIPES["cifar100_resnet32_b_fast"]()
+    steps = training(fast, 100).apply(fast, {**training(fast, 100).first[0], "extension.schedule": "steps"})
+    assert steps.extension.milestones == (10, 20, 27)
+
+
+def test_domains_name_what_is_wrong() -> None:
+    with pytest.raises(UserError, match="a range from 3 to 2 holds no number"):
+        IntRange(3, 2)
+    with pytest.raises(UserError, match=r"a range from 0.0 to 1.0: give it low < high, and above 0"):
+        FloatRange(0.0, 1.0, log=True)
+    with pytest.raises(UserError, match="needs one value or more"):
+        Choice(())
+    with pytest.raises(AssertionError, match=r"\['a'\]"):
+        Space("s", {"a": IntRange(1, 2)}, ({"a": 3},))
+
+
+def test_set_fields_changes_what_is_named() -> None:
+    changed = set_fields(digits(), {"extension.epochs": 3, "model.join": "sum", "extension.learning_rate": 0.5})
+    assert (changed.extension.epochs, changed.extension.learning_rate, changed.model.join) == (3, 0.5, "sum")
+    assert (changed.main, changed.extension.batch_size) == (digits().main, digits().extension.batch_size)
+
+
+# Fronts
+
+
+def point(accuracy: float, joules: float) -> FrontPoint:
+    return FrontPoint(accuracy, joules, 0.0, "main_entropy", 0.5, 1)
+
+
+points = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=12)
+
+
+@given(points)
+def test_hypervolume_equals_counting_cells(found: list[tuple[int, int]]) -> None:
+    """On a grid, where accuracy above 6/20 and joules below 15 count."""
+    reference = Reference(6 / 20, 15.0)
+    cells = sum(
+        any(a / 20 >= (row + 1) / 20 and j <= column for a, j in found) for row in range(6, 20) for column in range(15)
+    )
+    accuracy, joules = (np.array(values, dtype=float) for values in zip(*found, strict=True))
+    assert reference.hypervolume(accuracy / 20, joules) == pytest.approx(cells / (14 * 15))
+
+
+@given(points)
+def test_best_point_alone_dominates_most(found: list[tuple[int, int]]) -> None:
+    reference = Reference(6 / 20, 15.0)
+    front = [point(a / 20, float(j)) for a, j in found]
+    measured = measure(front, reference)
+    alone = [measure([one], reference).hypervolume for one in front]
+    mine = measure([point(measured.accuracy, measured.joules)], reference).hypervolume
+    assert mine == pytest.approx(max(alone))
+    assert measured.hypervolume >= max(alone) - 1e-12
+
+
+def finished(name: str, *front: FrontPoint, state: str = "finished") -> Trial:
+    return Trial(name, {"x": name}, state, measure(front or [point(0, 1)], Reference(0.5, 10.0)), front)
+
+
+def test_union_front_and_gain() -> None:
+    default = finished("a", point(0.6, 1.0), point(0.8, 4.0), point(0.9, 9.0))
+    other = finished("b", point(0.5, 0.5), point(0.85, 4.0), point(0.9, 9.0))
+    stopped = finished("c", point(1.0, 0.1), state="stopped")
+    union = union_front([default, other, stopped])
+    assert [(one.trial, one.point.accuracy) for one in union] == [("b", 0.5), ("a", 0.6), ("b", 0.85), ("a", 0.9)]
+    over = gain([one.point for one in union], default.front)
+    assert (over.accuracy, over.at_joules) == (pytest.approx(0.05), 4.0)
+    assert over.dominates
+    assert not gain(default.front, default.front).dominates
+    cheaper = gain([point(0.8, 3.0)], default.front)
+    assert cheaper.joules_share == pytest.approx(0.25)
+    assert hypervolumes([default, other], Reference(0.5, 10.0)) == sorted(
+        hypervolumes([default, other], Reference(0.5, 10.0))
+    )
+    assert front_csv(union).splitlines()[1].startswith("b,0.5,0.5,")
+
+
+# Phases
+
+
+def test_keys_cover_what_matters_and_nothing_else() -> None:
+    recipe = digits()
+    keys = phase_keys(recipe, "d", 10)
+
+    def changed(**fields: object) -> set[str]:
+        other = dataclasses.replace(recipe, **fields)  # type: ignore[arg-type]
+        return {phase for phase, key in phase_keys(other, "d", 10).items() if key != keys[phase]}
+
+    def model(**fields: object) -> ModelConfig:
+        return dataclasses.replace(recipe.model, **fields)  # type: ignore[arg-type]
+
+    assert changed(split=dataclasses.replace(recipe.split, num_hard_classes=3)) == {"extension"}
+    assert changed(split=dataclasses.replace(recipe.split, method="random")) == {"extension"}
+    assert changed(extension=dataclasses.replace(recipe.extension, epochs=3)) == {"extension"}
+    assert changed(model=model(join="sum")) == {"extension"}
+    assert changed(model=model(main_pool=1)) == {"main", "extension"}
+    assert changed(main=dataclasses.replace(recipe.main, epochs=3)) == {"main", "extension"}
+    assert changed(cloud=dataclasses.replace(recipe.cloud, epochs=3)) == {"cloud"}
+    assert changed(model=model(cloud_stem_width=8)) == {"cloud"}
+    assert changed(seed=3) == {"main", "extension", "cloud"}
+    assert changed(energy=dataclasses.replace(recipe.energy, link="lte")) == set()
+    assert {phase for phase, key in phase_keys(recipe, "e", 10).items() if key != keys[phase]} == set(keys)
+    implicit = dataclasses.replace(recipe, split=dataclasses.replace(recipe.split, num_hard_classes=None))
+    assert phase_keys(implicit, "d", 10) == keys, "half of ten classes is five"
+
+
+def test_every_field_of_a_model_is_in_some_key() -> None:
+    recipe = RECIPES["imagenet_resnet18_b"]()
+    keys = phase_keys(recipe, "d", 10)
+    other: dict[str, object] = {"backbone": "residual", "main": recipe.model.adaptive, "cloud_backbone": "resnet18"}
+    other |= {"stem": "3x3", "cloud_stem": "3x3", "join": "sum", "pretrained": True, "cloud_pretrained": True}
+    other |= {"extension": recipe.model.adaptive[:1] * 4, "adaptive": recipe.model.adaptive[1:]}
+    for field in dataclasses.fields(ModelConfig):
+        value = other.get(field.name, 7)
+        if field.name in ("main", "cloud"):
+            continue  # only with a residual backbone, which changes its key in itself
+        extra = {"main": recipe.model.adaptive} if field.name == "backbone" else {}
+        model = dataclasses.replace(recipe.model, **{field.name: value}, **extra)  # type: ignore[arg-type]
+        assert phase_keys(dataclasses.replace(recipe, model=model), "d", 10) != keys, field.name
+
+
+def test_store_keeps_the_first_whole_and_logs_it(tmp_path: Path) -> None:
+    store = PhaseStore(tmp_path / "phases")
+    assert not store.has("main", "k")
+    store.save("main", "k", Trained({"w": torch.ones(2)}, {"a": 1}), "one")
+    store.save("main", "k", Trained({"w": torch.zeros(2)}, {"a": 2}), "two")
+    kept = store.load("main", "k")
+    assert torch.equal(kept.weights["w"], torch.ones(2))
+    assert kept.facts == {"a": 1}
+    assert [row["by"] for row in store.log()] == ["one"]
+    (store.folder("main", "k") / "weights.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"main-k cannot be read .*: remove it to train that phase again"):
+        store.load("main", "k")
+
+
+def test_lock_admits_one_at_a_time(tmp_path: Path) -> None:
+    store, order = PhaseStore(tmp_path), []
+
+    def other() -> None:
+        with store.lock("main", "k"):
+            order.append("other")
+
+    with store.lock("main", "k"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join(0.2)
+        order.append("first")
+    thread.join(5)
+    assert order == ["first", "other"]
+
+
+# A trial
+
+
+def test_rungs_divide_the_schedule() -> None:
+    assert rungs(40) == [10, 20, 30, 40]
+    assert rungs(2) == [1, 2]
+    assert rungs(1) == [1]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory, model: TrainedModel, table: ExitsTable, recipe: Recipe) -> Study:
+    """Over the session's trained digits: its phases are the study's."""
+    root = tmp_path_factory.mktemp("study")
+    keep_base(root, model, 10)
+    exits = table.exits("validation")
+    space = class_split(recipe, 10)
+    return Study(str(root), recipe, space, GATES, reference_of(exits, table.costs), exits)  # type: ignore[arg-type]
+
+
+def run(study: Study, params: Params, splits: Splits) -> tuple[Trial, list[Measured | None]]:
+    """What a Tune trial does, in this process."""
+    shown: list[Measured | None] = []
+    one = TrialRun(study, params, splits, ("extension",))
+    one.start()
+    assert not one.needs_main, "the split is no matter of the main block"
+    if not one.needs_extension:
+        return one.leave(), shown
+    rung = Rung(one, shown.append)
+    trial = one.train_extension(SingleProcess(rung), resident_feed, rung)
+    assert trial is not None
+    return trial, shown
+
+
+@pytest.fixture(scope="module")
+def trial(study: Study, splits: Splits) -> tuple[Trial, list[Measured | None]]:
+    return run(study, {"split.num_hard_classes": 3, "split.method": "lowest_recall"}, splits)
+
+
+def test_trial_leaves_a_model_whose_exits_are_the_front(
+    study: Study, splits: Splits, trial: tuple[Trial, list[Measured | None]]
+) -> None:
+    """What was judged on the cached answers is what every network run once says."""
+    found, shown = trial
+    assert len(shown) == len(rungs(study.recipe.extension.epochs)) - 1, "the last rung is the finished trial"
+    assert read_trial(study.trials / found.id) == found
+    model = artifact.load(study.trials / found.id / "model")
+    assert len(model.hard_classes) == 3
+    assert model.operating_point == found.operating_point
+    whole = ExitsTable(exits_table(model, splits))
+    exits = whole.exits("validation")
+    front = pareto_front(sweep(exits, whole.costs, GATES))  # type: ignore[arg-type]
+    np.testing.assert_allclose([p.accuracy for p in found.front], front.accuracy, atol=2 / exits.num_samples)
+    np.testing.assert_allclose([p.joules for p in found.front], front.joules, rtol=0.02)
+    expected = replay(exits, whole.costs, model.policy)
+    assert found.operating_point is not None
+    assert found.operating_point["expected"]["accuracy"] == pytest.approx(expected.accuracy, abs=2 / exits.num_samples)
+
+
+def test_default_trains_nothing_and_has_the_default_models_front(
+    study: Study, splits: Splits, table: ExitsTable
+) -> None:
+    found, shown = run(study, study.space.first[0], splits)
+    assert shown == []
+    front = pareto_front(sweep(table.exits("validation"), table.costs, GATES))  # type: ignore[arg-type]
+    np.testing.assert_allclose([p.accuracy for p in found.front], front.accuracy, atol=2e-3)
+    assert found.hard_classes == table.hard_classes
+
+
+def test_trials_share_the_clouds_file_and_the_main_blocks_answers(
+    study: Study, splits: Splits, trial: tuple[Trial, list[Measured | None]]
+) -> None:
+    run(study, study.space.first[0], splits)
+    files = list(study.trials.glob("*/model/cloud.safetensors"))
+    assert len(files) >= 2
+    assert len({file.stat().st_ino for file in files}) == 1
+    phases = [row["phase"] for row in study.store.log()]
+    assert phases.count("main") == phases.count("cloud") == 1
+
+
+def test_other_main_block_is_trained_once_for_the_trials_that_share_it(
+    study: Study, splits: Splits, recipe: Recipe
+) -> None:
+    shaped = dataclasses.replace(study, space=blocks(recipe, 10), recipe=short(recipe, 1))
+    keep = {**shaped.space.first[0], "blocks.main_blocks": 2}
+    assert TrialRun(shaped, {**keep, "model.join": "sum"}, splits).needs_main
+    one = TrialRun(shaped, {**keep, "model.join": "concat"}, splits, ("main", "extension"))
+    one.train_main(SingleProcess(), resident_feed)
+    rung = Rung(one, lambda _measured: None)
+    store = shaped.store
+    keep_cloud = store.load("cloud", phase_keys(study.recipe, splits.table.digest, 10)["cloud"])
+    store.save("cloud", one.keys["cloud"], keep_cloud)
+    trial = one.train_extension(SingleProcess(rung), resident_feed, rung)
+    assert trial is not None
+    assert artifact.load(shaped.trials / trial.id / "model").macs.main > study_main_macs(study)
+    assert not TrialRun(shaped, {**keep, "model.join": "sum"}, splits).needs_main
+
+
+def study_main_macs(study: Study) -> int:
+    networks = build_networks(study.recipe, (1, 8, 8), 10)
+    from meanet.models import macs_of
+
+    return macs_of(networks.meanet, networks.cloud, (1, 8, 8)).main
+
+
+def test_damaged_record_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "trials" / "x"
+    write_trial(finished("x", point(0.5, 1.0)), folder)
+    assert [one.id for one in read_trials(tmp_path / "trials")] == ["x"]
+    (folder / "trial.json").write_text("{")
+    with pytest.raises(UserError, match=r"trial.json cannot be read .*: remove .* to run the trial again"):
+        read_trials(tmp_path / "trials")
+
+
+def test_a_trial_is_named_by_its_parameters() -> None:
+    assert trial_id({"a": 1, "b": 0.5}) == trial_id({"b": 0.5, "a": 1}) != trial_id({"a": 2, "b": 0.5})
+
+
+# What a study says of itself
+
+
+def record(root: Path, **other: object) -> Record:
+    plan = {"trials": 4}
+    fields = {"space": "s", "recipe": "digits", "digest": "d", "data_digest": "e", "plan": plan, **other}
+    return Record(id="", tracking_uri=f"sqlite:///{root / 'mlflow.db'}", **fields)  # type: ignore[arg-type]
+
+
+def test_interrupted_study_goes_on_and_a_finished_one_begins_anew(tmp_path: Path) -> None:
+    first = StudyFolder.begin(tmp_path, record(tmp_path))
+    (tmp_path / "phases").mkdir()
+    (tmp_path / "trials" / "x").mkdir(parents=True)
+    again = StudyFolder.begin(tmp_path, record(tmp_path))
+    assert (again.record.id, again.resumed) == (first.record.id, True)
+    assert not StudyFolder.begin(tmp_path, record(tmp_path, plan={"trials": 5})).resumed
+    with StudyFolder.begin(tmp_path, record(tmp_path, plan={"trials": 5})).stage("report"):
+        pass
+    fresh = StudyFolder.begin(tmp_path, record(tmp_path, plan={"trials": 5}))
+    assert not fresh.resumed
+    assert not (tmp_path / "trials").exists()
+    assert (tmp_path / "phases").exists(), "what phases have trained is good for every study"
+
+
+def test_report_says_whether_the_default_is_beaten(
+    tmp_path: Path, study: Study, table: ExitsTable, trial: tuple[Trial, list[Measured | None]]
+) -> None:
+    found = trial[0]
+    outcome = replay(table.exits("test"), table.costs, artifact.load(study.trials / found.id / "model").policy)
+    assert found.operating_point is not None
+    stopped = dataclasses.replace(found, id="s", state="stopped", front=(), operating_point=None)
+    trials = [found, stopped]
+    assert cheapest(trials) is found
+    facts = Facts(study.space, "digits", 0, "optuna", "c", study.reference, found.front, "the default's front")
+    report = build(trials, facts, Chosen(found, found.operating_point, outcome, outcome))
+    assert report["gain"]["dominates"] is False
+    assert "does not dominate the default's front anywhere" in report["summary"]
+    assert report["trials"] == {"finished": 1, "stopped": 1}
+    worse = tuple(dataclasses.replace(p, accuracy=p.accuracy - 0.1) for p in found.front)
+    beaten = build(trials, dataclasses.replace(facts, default=worse), Chosen(found, {}, outcome, outcome))
+    assert "by up to 10.00 points of accuracy" in beaten["summary"]
+    write_report(tmp_path, report, trials, facts)
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert "<svg" in (tmp_path / "report.html").read_text()
+    assert set(figures(trials, facts)) == {"union_front", "hypervolume", "parallel_coordinates"}
+
+
+def test_trials_reach_mlflow_once(tmp_path: Path, trial: tuple[Trial, list[Measured | None]]) -> None:
+    folder = StudyFolder.begin(tmp_path, record(tmp_path))
+    tracker = Tracker(folder.record.tracking_uri)
+    folder.record.mlflow_run = tracker.start_run("study", {}, {})
+    log = TrialLog(folder, tracker)
+    log.complete([trial[0]])
+    TrialLog(StudyFolder.begin(tmp_path, record(tmp_path)), tracker).complete([trial[0]])
+    runs = tracker._client.search_runs([tracker._experiment_id])
+    nested = [one for one in runs if one.data.tags.get("mlflow.parentRunId") == folder.record.mlflow_run]
+    assert len(nested) == 1
+    assert nested[0].data.params["split.num_hard_classes"] == "3"
+    assert nested[0].info.status == "FINISHED"
+    assert {file.path for file in tracker._client.list_artifacts(nested[0].info.run_id)} == {"front.json", "plots"}
