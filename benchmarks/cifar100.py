@@ -28,8 +28,8 @@ from meanet import plots, report
 from meanet.evaluation import ExitsTable
 from meanet.operating_point import Search, search
 from meanet.policies import authors_threshold, random_routing, routing_efficiency, sedna_threshold
-from meanet.routing import GATES, Policy, read_extension, read_main
-from meanet.thresholds import replay
+from meanet.replay import replay
+from meanet.routing import MEASURES, Policy, read_extension, read_main
 
 AUTHORS_HARD = (
     "72 44 10 67 50 73 52 3 4 59 35 55 62 98 78 2 7 47 11 77 42 45 96 5 46 38 87 32 29 25 88 27 33 95 14 65 93 80 99 "
@@ -135,9 +135,9 @@ def fronts(table: ExitsTable, found: Search) -> list[str]:
         "| at most below cloud-only (95% sure on validation) | gate | hard classes in use | accuracy | cloud | mJ |",
         "|---|---|---|---|---|---|",
     ]
-    constraint = table.recipe.operating_point
+    constraint = table.operating_point
     for loss in (0.005, 0.01, 0.02, 0.03, 0.05, 0.08):
-        chosen = search(table, replace(constraint, max_accuracy_loss_vs_cloud=loss), GATES).chosen
+        chosen = search(table, replace(constraint, max_accuracy_loss_vs_cloud=loss), MEASURES).chosen
         policy = Policy.from_dict(chosen)
         figures = replay(test, costs, policy)
         lines.append(
@@ -183,7 +183,7 @@ def main() -> None:
     flags = tyro.cli(Flags, prog="python -m benchmarks.cifar100")
     manifest = write_evidence(flags)
     table = ExitsTable.read(flags.evidence / "exits.parquet")
-    found = search(table, table.recipe.operating_point, GATES)
+    found = search(table, table.operating_point, MEASURES)
     record = json.loads((flags.run / "run.json").read_text())
     facts = report.Facts(table.recipe.seed, flags.trained_at, record["seconds"], {})
     built, lines = policies(table, found, facts)

@@ -90,7 +90,7 @@ class Demo:
     def _sweep(self, table: ExitsTable) -> Search:
         """Milliseconds, so done again on resuming: the same table gives the same point."""
         with self.run.stage("sweep"):
-            found = sweep(table, "all_gates", self.recipe.operating_point, self.run.record.mlflow_run)
+            found = sweep(table, "early_gates", self.recipe.operating_point, self.run.record.mlflow_run)
             write_text(json.dumps(found.chosen, indent=2), self.run.root / "operating_point.json")
             _progress.say(f"  {found.points} operating points compared on validation in {found.seconds:.2f} s")
             return found

@@ -2,57 +2,133 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from jobs import _cli
 from meanet.config import OperatingPointConfig
-from meanet.errors import exit_on_user_error
+from meanet.energy import Macs
+from meanet.errors import UserError, exit_on_user_error
 from meanet.evaluation import ExitsTable
 from meanet.operating_point import Search, search
 from meanet.storage import write_text
 from tune_spaces.policies import SPACES
 
+_SHOWN = 8
+"""Rows of each front that are printed; all of them with --json."""
+
 
 @dataclass(frozen=True)
 class Flags:
-    """Compare every threshold of every gate and split size on validation; report on test."""
+    """Compare every threshold of every gate and split size on validation; report on test.
+
+    Bounds given here take the place of the recipe's own. Where accuracy is bounded the cheapest point is chosen, else
+    the most accurate one.
+    """
 
     exits: Annotated[str, tyro.conf.Positional]
     """The exits table: a path or s3:// URI."""
-    space: Literal["all_gates", "paper"] = "all_gates"
+    space: Literal["all_gates", "one_gate", "early_gates", "paper"] = "all_gates"
     """Which policies to compare, a function of tune_spaces.policies."""
+    max_energy: float | None = None
+    """Joules of the device an image at most."""
+    max_cloud_share: float | None = None
+    """Share of the images that may go to the cloud, 0..1."""
+    min_accuracy: float | None = None
+    """Accuracy at least, 0..1."""
     max_accuracy_loss_vs_cloud: float | None = None
-    """How far accuracy may fall below cloud-only's, 0..1; the recipe's own if not given."""
+    """How far accuracy may fall below cloud-only's, 0..1."""
+    max_latency: float | None = None
+    """Expected seconds an image at most."""
     confidence: float | None = None
-    """How sure validation must make us of that, 0.5..1; the recipe's own if not given."""
+    """How sure validation must make us of the bounds on accuracy, 0.5..1; the recipe's own if not given."""
     device: str | None = None
     """Device profile; the recipe's own if not given."""
     link: str | None = None
     """Link profile; the recipe's own if not given."""
+    payload: str | None = None
+    """What is sent to the cloud, as the table has it: png, raw or jpegQ; the recipe's own if not given."""
+    profiles: str | None = None
+    """A YAML file with further profiles; the recipe's own if not given."""
+    tail: Literal["none", "amortised", "isolated"] | None = None
+    """What the radio's tail adds to an upload; the recipe's own if not given."""
+    uploads_per_second: float | None = None
+    """Of the device, for an amortised tail; the recipe's own if not given."""
+    hard_classes: tuple[int, ...] | None = None
+    """Of a table of your own: class ids of the extension's columns, hardest first."""
+    macs: tuple[int, int, int, int] | None = None
+    """Of a table of your own: multiply-accumulates of main, adaptive, extension and cloud."""
     output: Path | None = None
     """Where to write the operating point as JSON; beside a local exits table if not given."""
     json: bool = False
     """Print the result as JSON."""
 
 
+BOUNDS = ("max_energy", "max_cloud_share", "min_accuracy", "max_accuracy_loss_vs_cloud", "max_latency")
+_ENERGY = ("device", "link", "payload", "profiles", "tail", "uploads_per_second")
+
+
 def sweep(table: ExitsTable, space: str, constraint: OperatingPointConfig, run: str | None) -> Search:
     """The sweep stage."""
     policies = SPACES[space]()
-    return search(table, constraint, policies.gates, policies.split_sizes, run)
+    sizes = range(min(policies.smallest_split, len(table.hard_classes)), len(table.hard_classes) + 1)
+    return search(table, constraint, policies.gates, sizes, run, scaled=policies.scaled)
 
 
-def _override(table: ExitsTable, flags: Flags) -> OperatingPointConfig:
-    """Put the flags over the recipe's own choices."""
-    recipe = table.recipe
-    energy = {name: value for name in ("device", "link") if (value := getattr(flags, name)) is not None}
-    table.recipe = dataclasses.replace(recipe, energy=dataclasses.replace(recipe.energy, **energy))
-    names = ("max_accuracy_loss_vs_cloud", "confidence")
-    chosen = {name: value for name in names if (value := getattr(flags, name)) is not None}
-    return dataclasses.replace(recipe.operating_point, **chosen)
+def read_table(flags: Flags) -> ExitsTable:
+    """The table that the flags name, with their energy profiles in place of the recipe's."""
+    description: dict[str, Any] = {}
+    if flags.hard_classes is not None:
+        description["hard_classes"] = flags.hard_classes
+    if flags.macs is not None:
+        if min(flags.macs) < 0:
+            raise UserError(f"--macs {flags.macs}: none may be negative")
+        description["macs"] = asdict(Macs(*flags.macs))
+    table = ExitsTable.read(flags.exits, description)
+    table.energy = dataclasses.replace(table.energy, **_given(flags, _ENERGY))
+    return table
+
+
+def _given(flags: Flags, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(flags, name)) is not None}
+
+
+def constraint_of(flags: Flags, own: OperatingPointConfig) -> OperatingPointConfig:
+    """The bounds of the flags; the recipe's own where none was given."""
+    bounds = _given(flags, BOUNDS)
+    confidence = own.confidence if flags.confidence is None else flags.confidence
+    if not bounds:
+        return dataclasses.replace(own, confidence=confidence)
+    return OperatingPointConfig(**({"max_accuracy_loss_vs_cloud": None} | bounds | {"confidence": confidence}))
+
+
+def _show(result: dict[str, Any]) -> None:
+    print(
+        f"{'gate':<24}{'classes':>8}{'threshold':>17}{'accuracy':>10}{'95% interval':>16}{'uJ':>9}{'cloud':>8}"
+        f"{'on test':>10}{'uJ':>10}{'cloud':>8}"
+    )
+    kinds = dict.fromkeys((row["gate"], row["scaled"]) for row in result["front"])
+    for kind in kinds:
+        rows = [row for row in result["front"] if (row["gate"], row["scaled"]) == kind]
+        step = max(1.0, (len(rows) - 1) / (_SHOWN - 1))
+        for place in sorted({round(number * step) for number in range(min(len(rows), _SHOWN))}):
+            _show_row(rows[place])
+        if len(rows) > _SHOWN:
+            print(f"  ({_SHOWN} of {len(rows)} points; --json has them all)")
+
+
+def _show_row(row: dict[str, Any]) -> None:
+    test, (low, high) = row["test"], row["accuracy_interval"]
+    thresholds = " ".join("never" if value is None else f"{value:.4f}" for value in row["thresholds"])
+    same = "=" if row["same_as_operating_point"] else " "
+    print(
+        f"{row['gate'] + (', scaled' if row['scaled'] else ''):<24}{row['num_hard_classes']:>8}{thresholds:>17}"
+        f"{row['accuracy']:>10.2%}{f'{low:.1%}..{high:.1%}{same}':>16}{1e6 * row['joules']:>9.2f}"
+        f"{row['cloud_share']:>8.1%}{test['accuracy']:>10.2%}{1e6 * test['joules']:>10.2f}{test['cloud_share']:>8.1%}"
+    )
 
 
 @exit_on_user_error
@@ -60,8 +136,8 @@ def main() -> None:
     """Command-line entry."""
     _cli.Environment.read()
     flags = _cli.parse("sweep", Flags)
-    table = ExitsTable.read(flags.exits)
-    found = sweep(table, flags.space, _override(table, flags), run=None)
+    table = read_table(flags)
+    found = sweep(table, flags.space, constraint_of(flags, table.operating_point), run=None)
     output = flags.output or (None if "://" in flags.exits else Path(flags.exits).with_name("operating_point.json"))
     if output:
         write_text(json.dumps(found.chosen, indent=2), output)
@@ -69,19 +145,10 @@ def main() -> None:
     if flags.json:
         print(json.dumps(result))
         return
-    print(f"{found.points} operating points in {found.seconds:.2f} s; the accuracy-joules fronts:")
-    print(
-        f"{'gate':<14}{'classes':>8}{'threshold':>11}{'accuracy':>10}{'uJ':>9}{'cloud':>8}"
-        f"{'on test':>10}{'uJ':>10}{'cloud':>8}"
-    )
-    for row in result["front"]:
-        (threshold,), test = row["thresholds"], row["test"]
-        shown = "never" if threshold is None else f"{threshold:.4f}"
-        print(
-            f"{row['gate']:<14}{row['num_hard_classes']:>8}{shown:>11}{row['accuracy']:>10.2%}"
-            f"{1e6 * row['joules']:>9.2f}{row['cloud_share']:>8.1%}"
-            f"{test['accuracy']:>10.2%}{1e6 * test['joules']:>10.2f}{test['cloud_share']:>8.1%}"
-        )
+    print(f"{found.points} policies compared in {found.seconds:.2f} s; the accuracy-joules fronts:")
+    _show(result)
+    print("= : no different in accuracy from the operating point (bootstrap over validation images, 95%)")
+    print(f"{len(result['pareto'])} policies are unbeaten in accuracy, joules, cloud share and latency together")
     print(f"operating point {found.chosen['id']}: {json.dumps(found.chosen['expected'])}")
     if output:
         print(f"written to {output}; next: python -m jobs.register {output.parent}")

@@ -15,8 +15,8 @@ from meanet.evaluation import ExitsTable, exits_table
 from meanet.loop import SingleProcess, State
 from meanet.operating_point import search
 from meanet.recipes import digits
-from meanet.routing import GATES
 from meanet.training import Trainer
+from meanet.two_gate import EARLY
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {
@@ -63,7 +63,7 @@ def table(state: State, splits: Splits) -> ExitsTable:
 @pytest.fixture(scope="session")
 def model(state: State, splits: Splits, table: ExitsTable) -> TrainedModel:
     """The trained model under its operating point."""
-    found = search(table, state_recipe(state).operating_point, GATES)
+    found = search(table, state_recipe(state).operating_point, EARLY, range(1, len(table.hard_classes) + 1))
     return artifact.from_state(state, splits).with_operating_point(found.chosen)
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +21,8 @@ from meanet.errors import UserError
 from meanet.evaluation import ExitsTable
 from meanet.operating_point import Search, search
 from meanet.preprocessing import encode_png
-from meanet.routing import GATES, Exit, Policy, route
-from meanet.runtime import Cascade
+from meanet.routing import MEASURES, Exit, Policy, read_main, route
+from meanet.runtime import Cascade, EdgeRuntime
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def folder(model: TrainedModel, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def found(table: ExitsTable) -> Search:
-    return search(table, table.recipe.operating_point, GATES)
+    return search(table, table.operating_point, MEASURES)
 
 
 def test_model_survives_its_folder(model: TrainedModel, folder: Path, splits: Splits) -> None:
@@ -176,6 +177,118 @@ def test_runtime_answers_as_the_replayed_table(
     assert set(wanted.exit) == set(Exit)
     extended = np.concatenate([part.extended for part in parts])
     assert extended.tolist() == (wanted.exit == Exit.EXTENSION).tolist(), "no block runs that need not"
+
+
+def many_gates(table: ExitsTable) -> list[Policy]:
+    """A policy of each kind that sends some of each kind of sample and keeps some."""
+    validation, hard = table.exits("validation"), table.hard_classes
+    entropy = read_main(validation.main_logits, Policy()).entropy
+    low, middle = (float(np.quantile(entropy, share)) for share in (0.4, 0.7))
+    limits = tuple(middle if class_id % 3 else low for class_id in range(len(table.class_names)))
+    temperatures = {"main": 1.5, "extension": 0.8}
+    return [
+        Policy("accepted_entropy", (low,), hard, temperatures),
+        Policy("two_gate", (middle, low / 3), hard, measures=("main_entropy", "accepted_entropy")),
+        Policy("two_gate", (low, middle), hard[:3], temperatures, measures=("accepted_entropy", "main_entropy")),
+        Policy("per_class", limits, hard),
+        Policy("per_class", tuple(limit / 3 for limit in limits), hard, measures=("accepted_entropy",)),
+    ]
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_runtime_answers_as_the_replayed_table_by_every_gate(
+    model: TrainedModel, table: ExitsTable, splits: Splits, number: int
+) -> None:
+    test, policy = table.exits("test"), many_gates(table)[number]
+    wanted = route(test.main_logits, test.extension_logits, test.cloud_pred, policy)
+    answers = Cascade(model).classify(splits.table.images[splits.test], policy)
+    assert answers.exit.tolist() == wanted.exit.tolist()
+    assert answers.pred.tolist() == wanted.pred.tolist()
+    assert answers.extended.tolist() == wanted.extended.tolist()
+    assert set(wanted.exit) == set(Exit)
+    waits = policy.measures[-1] == "accepted_entropy"
+    assert bool((wanted.extended & (wanted.exit == Exit.CLOUD)).any()) == waits, "paid for, and sent all the same"
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_without_its_cloud_the_edge_answers_as_edge_only(
+    model: TrainedModel, table: ExitsTable, splits: Splits, number: int
+) -> None:
+    policy, images = many_gates(table)[number], splits.table.images[splits.test]
+    runtime = EdgeRuntime(model)
+    answers, pending = runtime.run(images, policy)
+    runtime.finish(answers, pending, policy)
+    alone, _ = runtime.run(images, policy.with_request(edge_only=True))
+    assert answers.exit.tolist() == alone.exit.tolist()
+    assert answers.pred.tolist() == alone.pred.tolist()
+    np.testing.assert_allclose(answers.confidence, alone.confidence, rtol=1e-5)
+
+
+def own_table(**changes: Any) -> pa.Table:
+    """A table as a user might write it, without our metadata; columns are replaced, or dropped by None."""
+    generator = np.random.default_rng(0)
+    columns = {
+        "split": ["validation"] * 60 + ["test"] * 40,
+        "label": generator.integers(0, 4, 100),
+        "main_logits": generator.normal(size=(100, 4)).astype(np.float32).tolist(),
+        "extension_logits": generator.normal(size=(100, 2)).tolist(),
+        "cloud_pred": generator.integers(0, 4, 100),
+        "upload_bytes_png": np.full(100, 900),
+    }
+    return pa.table({name: value for name, value in (columns | changes).items() if value is not None})
+
+
+OWN = {"hard_classes": (3, 1), "macs": {"main": 1000, "adaptive": 10, "extension": 100, "cloud": 10**6}}
+
+
+def test_users_own_table_is_swept() -> None:
+    found = ExitsTable(own_table(), "mine", OWN)
+    assert found.class_names == ("0", "1", "2", "3")
+    swept = search(found, dataclasses.replace(found.operating_point, max_accuracy_loss_vs_cloud=0.5), MEASURES)
+    assert swept.to_dict(found)["front"]
+    without = ExitsTable(own_table(extension_logits=None), "mine", OWN | {"hard_classes": ()})
+    assert search(without, without.operating_point, ["main_entropy"]).points > 60
+    with pytest.raises(UserError, match="mine names no recipe"):
+        print(without.recipe)
+
+
+@pytest.mark.parametrize(
+    ("changes", "description", "says"),
+    [
+        ({}, {}, "does not say hard_classes and macs.*--hard-classes.*--macs"),
+        ({"upload_bytes_png": None}, OWN, "lacks the columns upload_bytes_png"),
+        ({"extension_logits": None}, OWN, "lacks the columns extension_logits"),
+        ({"label": [0.5] * 100}, OWN, "column label holds double, and must hold integers"),
+        ({"label": [None] + [1] * 99}, OWN, "column label has 1 rows without a value"),
+        ({"label": [1] * 99 + [4]}, OWN, r"column label is 4 in row 99 .*0\.\.3"),
+        ({"cloud_pred": [-1] + [1] * 99}, OWN, "column cloud_pred is -1 in row 0"),
+        ({"upload_bytes_png": [-5] * 100}, OWN, "upload_bytes_png is -5 in row 0 .and 99 more"),
+        ({"main_logits": [[0.0, 1.0]] * 99 + [[0.0]]}, OWN, "main_logits has lists of different lengths"),
+        ({"main_logits": [1.0] * 100}, OWN, "main_logits holds double, and must hold lists"),
+        ({"split": [1] * 100}, OWN, "column split holds int64, and must hold text"),
+        ({}, OWN | {"hard_classes": (3, 1, 0)}, "2 extension logits and 3 hard classes"),
+        ({}, OWN | {"hard_classes": (3, 4)}, r"hard classes \[4\] must be distinct ids of the 4"),
+        ({}, OWN | {"macs": {"main": 1}}, "no readable .meanet. metadata"),
+        ({}, OWN | {"class_names": ["a"]}, "4 main logits and 1 class names"),
+        ({"split": ["validation"] * 100}, OWN, "has no test rows"),
+    ],
+)
+def test_users_own_table_is_checked(changes: dict[str, Any], description: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        ExitsTable(own_table(**changes), "mine", description).exits("test")
+
+
+def test_intervals_hold_the_figures_and_tell_equals(table: ExitsTable, found: Search) -> None:
+    answer = found.to_dict(table)
+    for row in answer["front"]:
+        for figure in ("accuracy", "joules"):
+            low, high = row[f"{figure}_interval"]
+            assert low - 1e-9 <= row[figure] <= high + 1e-9
+        low, high = row["test"]["accuracy_interval"]
+        assert low <= row["test"]["accuracy"] <= high
+    chosen = [row for row in answer["front"] if row["thresholds"] == answer["operating_point"]["thresholds"]]
+    assert chosen[0]["same_as_operating_point"], "a point is the same as itself"
+    assert not all(row["same_as_operating_point"] for row in answer["front"])
 
 
 def test_search_reports_test_beside_validation(table: ExitsTable, found: Search) -> None:

@@ -25,9 +25,10 @@ from meanet.evaluation import ExitsTable
 from meanet.loop import PHASES, SingleProcess
 from meanet.operating_point import policy_of, search
 from meanet.recipes import digits
-from meanet.routing import GATES, Policy
-from meanet.thresholds import replay
+from meanet.replay import replay
+from meanet.routing import Policy
 from meanet.training import Trainer
+from tune_spaces.policies import SPACES
 
 pytestmark = pytest.mark.cluster
 EPOCHS = {"main": 5, "extension": 8, "cloud": 10}
@@ -158,7 +159,9 @@ def test_operating_point_was_chosen_on_validation_alone(demo: Demo) -> None:
     table = ExitsTable.read(demo.folder / "outputs/demo/exits.parquet")
     split = table.table["split"].to_pylist()
     validation = ExitsTable(table.table.filter([name == "validation" for name in split]))
-    found = search(validation, digits().operating_point, GATES)
+    space = SPACES["early_gates"]()
+    sizes = range(space.smallest_split, len(table.hard_classes) + 1)
+    found = search(validation, digits().operating_point, space.gates, sizes)
     assert found.chosen["id"] == demo.report["operating_point"]["id"]
     policy = Policy.from_dict(demo.report["operating_point"])
     assert replay(table.exits("test"), table.costs, policy).accuracy == pytest.approx(

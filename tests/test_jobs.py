@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -164,7 +165,9 @@ def test_evaluate_sweep_register_promote_by_json(job: Job, folder: Path) -> None
     assert evaluated["split"] == "test"
     swept = json.loads(job("jobs.sweep", evaluated["exits"], "--json").stdout)
     assert swept["points"] > 1000
-    assert {row["gate"] for row in swept["front"]} == {"main_entropy", "max_softmax", "margin"}
+    gates = {"main_entropy", "accepted_entropy", "max_softmax", "margin", "two_gate"}
+    assert {row["gate"] for row in swept["front"]} == gates
+    assert {row["scaled"] for row in swept["front"]} == {False, True}
     assert all(row["split"] == "validation" and 0 <= row["test"]["accuracy"] <= 1 for row in swept["front"])
     assert swept["operating_point"]["split"] == "validation"
     first = json.loads(job("jobs.register", "outputs/digits", "--json").stdout)
@@ -192,6 +195,35 @@ def test_paper_space_and_other_link(job: Job, folder: Path) -> None:
     unknown = job("jobs.sweep", exits, "--link", "pigeon")
     assert unknown.returncode == 1
     assert "unknown link profile 'pigeon': choose one of wifi, lte, 3g" in unknown.stderr
+
+
+def test_constraints_choose_and_say_when_they_cannot_be_kept(job: Job, folder: Path) -> None:
+    exits = "outputs/digits/exits.parquet"
+    if not (folder / exits).exists():
+        assert job("jobs.evaluate", "digits").returncode == 0
+
+    def point(*flags: str) -> dict[str, Any]:
+        done = job("jobs.sweep", exits, "--space", "one_gate", "--json", "--output", "c.json", *flags)
+        assert done.returncode == 0, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)["operating_point"]
+        return found
+
+    share = point("--max-cloud-share", "0.1")
+    assert share["expected"]["share"]["cloud"] <= 0.1
+    assert share["constraint"] == {"max_cloud_share": 0.1, "confidence": 0.95, "objective": "max accuracy"}
+    energy = point("--max-energy", "0.000005", "--min-accuracy", "0.5")
+    assert sum(energy["expected"]["joules"].values()) <= 5e-6
+    assert energy["constraint"]["objective"] == "min joules"
+    latency = point("--max-latency", "0.00001")
+    assert latency["expected"]["latency"] <= 1e-5
+    impossible = job("jobs.sweep", exits, "--min-accuracy", "1", "--max-cloud-share", "0.01")
+    assert impossible.returncode == 1
+    assert "no policy keeps min-accuracy 1, max-cloud-share 0.01" in impossible.stderr
+    assert "accuracy can reach 0." in impossible.stderr
+    for flag, value in (("--max-cloud-share", "2"), ("--max-energy", "0"), ("--min-accuracy", "-1")):
+        wrong = job("jobs.sweep", exits, flag, value)
+        assert wrong.returncode == 1
+        assert f"{flag[2:].replace('-', '_')} is {float(value)}" in wrong.stderr
 
 
 def test_truncated_exits_table(job: Job, folder: Path, table: ExitsTable) -> None:

@@ -18,8 +18,8 @@ from meanet.policies import (
     random_routing,
     routing_efficiency,
 )
+from meanet.replay import outcome, replay
 from meanet.routing import Exit, Policy, Routed, read_main, route
-from meanet.thresholds import outcome, replay
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_random_routing_is_the_mean_of_many_draws() -> None:
         sent = generator.permutation(300) < 120
         exit_ = np.where(sent, int(Exit.CLOUD), edge.exit)
         pred = np.where(sent, recorded.cloud_pred, edge.pred)
-        drawn.append(outcome(recorded, COSTS, Routed(exit_, pred)))
+        drawn.append(outcome(recorded, COSTS, Routed(exit_, pred, edge.extended & ~sent)))
     assert expected.share["cloud"] == pytest.approx(0.4)
     assert np.mean([one.accuracy for one in drawn]) == pytest.approx(expected.accuracy, abs=0.003)
     assert np.mean([one.accuracy_hard_classes for one in drawn]) == pytest.approx(

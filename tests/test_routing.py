@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from meanet.errors import UserError
-from meanet.routing import GATES, Exit, Policy, complexity, first_exit, read, read_main, route
+from meanet.routing import GATES, MEASURES, Exit, Policy, complexity, first_exit, read, read_main, route
 
 Logits = NDArray[np.float64]
 VALUES = st.one_of(
@@ -39,9 +39,14 @@ def cases(draw: st.DrawFn) -> Case:
     num_classes, rows = draw(st.integers(1, 5)), draw(st.integers(1, 6))
     trained = draw(st.permutations(range(num_classes)))[: draw(st.integers(1, num_classes))]
     in_use = tuple(trained[: draw(st.integers(0, len(trained)))])
+    gate = draw(st.sampled_from(GATES))
+    count = {"two_gate": 2, "per_class": num_classes}.get(gate, 1)
+    threshold = st.one_of(st.none(), st.floats(-0.5, 2.0).map(lambda x: round(x, 2)))
+    measures = draw(st.lists(st.sampled_from(MEASURES), min_size=2, max_size=2))
     policy = Policy(
-        gate=draw(st.sampled_from(GATES)),
-        thresholds=(draw(st.one_of(st.none(), st.floats(-0.5, 2.0).map(lambda x: round(x, 2)))),),
+        gate=gate,
+        thresholds=tuple(draw(st.lists(threshold, min_size=count, max_size=count))),
+        measures={"two_gate": tuple(measures), "per_class": (measures[0],)}.get(gate, ()),
         hard_classes=in_use,
         temperatures={"main": draw(st.sampled_from([1.0, 0.5, 3.0])), "extension": draw(st.sampled_from([1.0, 2.0]))},
         edge_only=draw(st.booleans()),
@@ -64,32 +69,52 @@ def softmax(row: list[float], temperature: float) -> list[float] | None:
     return [value / sum(exponents) for value in exponents]
 
 
-def certainty(gate: str, p: list[float]) -> float:
-    """The gate's complexity of a softmax."""
-    if gate == "main_entropy":
+def uncertainty(measure: str, p: list[float] | None) -> float:
+    """The complexity of a softmax."""
+    if p is None:
+        return math.inf
+    if measure in ("main_entropy", "accepted_entropy"):
         return -sum(value * math.log(value) for value in p if value > 0)
     first, *rest = sorted(p, reverse=True)
-    return 1 - first if gate == "max_softmax" else 1 - (first - (rest[0] if rest else 0.0))
+    return 1 - first if measure == "max_softmax" else 1 - (first - (rest[0] if rest else 0.0))
+
+
+def gate_of(best: int, policy: Policy) -> tuple[str, float | None]:
+    """Which measure and which threshold a sample meets, by the class that main predicts."""
+    if policy.gate == "two_gate":
+        place = int(best in policy.hard_classes)
+        return policy.measures[place], policy.thresholds[place]
+    return policy.measures[0], policy.thresholds[best if policy.gate == "per_class" else 0]
 
 
 def by_hand(main_row: list[float], extension_row: list[float], cloud: int, policy: Policy) -> tuple[Exit, int, bool]:
     """Exit, class, and whether the case is clear of rounding."""
     p = softmax(main_row, policy.temperatures["main"])
-    score = math.inf if p is None else certainty(policy.gate, p)
-    clear = True
-    if not policy.edge_only and policy.threshold is not None:
-        clear = abs(score - policy.threshold) > 1e-9
-        if score > policy.threshold:
-            return Exit.CLOUD, cloud, clear
     best = 0 if p is None else p.index(max(p))
-    if best not in policy.hard_classes:
+    hard = best in policy.hard_classes
+    measure, threshold = gate_of(best, policy)
+    bound = math.inf if policy.edge_only or threshold is None else threshold
+    waits = hard and measure == "accepted_entropy" and p is not None
+    clear = True
+    if not waits:
+        score = uncertainty(measure, p)
+        clear = math.isinf(bound) or abs(score - bound) > 1e-9
+        if score > bound:
+            return Exit.CLOUD, cloud, clear
+    if not hard:
         return Exit.MAIN, best, clear
     q = softmax(extension_row[: len(policy.hard_classes)], policy.temperatures["extension"])
     main_confidence = 0.0 if p is None else max(p)
     extension_confidence = 0.0 if q is None else max(q)
     extension_best = policy.hard_classes[0 if q is None else q.index(max(q))]
     difference = main_confidence - extension_confidence
-    clear = clear and (difference == 0 or abs(difference) > 1e-9 or best == extension_best)
+    settled = difference == 0 or abs(difference) > 1e-9
+    clear = clear and (settled or (best == extension_best and not waits))
+    if waits:
+        score = uncertainty(measure, p if difference > 0 else q)
+        clear = clear and (math.isinf(bound) or abs(score - bound) > 1e-9)
+        if score > bound:
+            return Exit.CLOUD, cloud, clear
     return Exit.EXTENSION, best if difference > 0 else extension_best, clear
 
 
@@ -101,6 +126,8 @@ def test_batched_equals_one_sample_equals_the_paper(case: Case) -> None:
         one = slice(row, row + 1)
         alone = route(case.main[one], case.extension[one], case.cloud[one], case.policy)
         assert (alone.exit[0], alone.pred[0]) == (batched.exit[row], batched.pred[row])
+        assert alone.extended[0] == batched.extended[row]
+        assert batched.extended[row] or batched.exit[row] != Exit.EXTENSION
         main_row, extension_row = case.main[row].tolist(), case.extension[row].tolist()
         exit_, pred, clear = by_hand(main_row, extension_row, int(case.cloud[row]), case.policy)
         if clear:
@@ -119,7 +146,7 @@ def test_tie_of_confidences_stays_with_the_extension() -> None:
     assert (routed.exit[0], routed.pred[0]) == (Exit.EXTENSION, 1)
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", MEASURES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_non_finite_logits_are_complex_whatever_the_threshold(gate: Any, bad: float) -> None:
     policy = Policy(gate=gate, thresholds=(1e300,), hard_classes=(0,))
@@ -150,6 +177,11 @@ def test_edge_only_of_policy_or_request_wins() -> None:
     [
         ({"gate": "astrology"}, "'astrology'.*main_entropy"),
         ({"thresholds": (1.0, 2.0)}, "one threshold, not 2"),
+        ({"gate": "two_gate", "thresholds": (1.0,)}, "two_gate takes two thresholds, not 1"),
+        ({"gate": "per_class", "thresholds": ()}, "a threshold a class, not 0"),
+        ({"gate": "two_gate", "thresholds": (1.0, None), "measures": ("margin",)}, "'margin'.*takes 2 of main_entropy"),
+        ({"gate": "per_class", "measures": ("luck",)}, "'luck'.*takes 1 of"),
+        ({"gate": "margin", "measures": ("main_entropy",)}, "gate margin is its own measure"),
         ({"thresholds": (math.nan,)}, "threshold nan"),
         ({"hard_classes": (1, 1)}, r"\(1, 1\)"),
         ({"hard_classes": (-1,)}, r"\(-1,\)"),
@@ -160,6 +192,41 @@ def test_edge_only_of_policy_or_request_wins() -> None:
 def test_senseless_policies_are_refused(fields: dict[str, Any], names: str) -> None:
     with pytest.raises(UserError, match=names):
         Policy(**fields)
+
+
+def test_what_only_the_number_of_classes_tells_is_checked_when_it_is_known() -> None:
+    arrays = np.zeros((1, 3)), np.zeros((1, 1)), np.zeros(1, dtype=np.int64)
+    with pytest.raises(UserError, match="2 thresholds for 3 classes"):
+        route(*arrays, Policy(gate="per_class", thresholds=(1.0, None)))
+    with pytest.raises(UserError, match=r"hard_classes \[7\] are none of the 3"):
+        route(*arrays, Policy(hard_classes=(7,)))
+
+
+def test_request_cannot_set_one_of_many_thresholds() -> None:
+    policy = Policy(gate="two_gate", thresholds=(0.5, 0.7))
+    with pytest.raises(UserError, match=r"threshold 0\.1: the policy in force, gate two_gate, has 2"):
+        policy.with_request(threshold=0.1)
+    assert policy.with_request(edge_only=True).edge_only
+
+
+def test_accepted_entropy_pays_for_the_extension_before_it_sends() -> None:
+    main, extension = np.array([[2.0, 0.0, 0.0]]), np.array([[0.1, 0.0]])
+    early = Policy(gate="main_entropy", thresholds=(0.1,), hard_classes=(0, 1))
+    late = Policy(gate="accepted_entropy", thresholds=(0.1,), hard_classes=(0, 1))
+    for policy, extended in ((early, False), (late, True)):
+        routed = route(main, extension, np.array([2]), policy)
+        assert (routed.exit[0], routed.pred[0], routed.extended[0]) == (Exit.CLOUD, 2, extended)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Policy(gate="two_gate", thresholds=(0.25, None), hard_classes=(1,), measures=("margin", "accepted_entropy")),
+        Policy(gate="per_class", thresholds=(0.25, None, 1.0), measures=("max_softmax",)),
+    ],
+)
+def test_policies_of_many_thresholds_round_trip(policy: Policy) -> None:
+    assert Policy.from_dict(policy.to_dict()) == policy
 
 
 def test_policy_round_trip_and_damage() -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from meanet.config import Gate
-from meanet.routing import GATES
+from meanet.routing import MEASURES
 
 
 @dataclass(frozen=True)
@@ -11,19 +11,34 @@ class PolicySpace:
     """Every distinct threshold of each gate, at each split size."""
 
     gates: tuple[Gate, ...]
-    """Complexities of the main exit to compare with a threshold."""
-    split_sizes: tuple[int, ...] | None = None
-    """Numbers of hard classes in use; None = 1 to the trained H."""
+    """What is compared with a threshold."""
+    smallest_split: int = 0
+    """Fewest hard classes in use; the most are the trained H."""
+    scaled: bool = False
+    """Each gate with temperature-scaled logits, too."""
 
 
 def all_gates() -> PolicySpace:
-    """Each gate of the exit rule, each split size."""
-    return PolicySpace(GATES)
+    """Each gate that can be enumerated, raw and temperature-scaled, each split size, none among them."""
+    return PolicySpace((*MEASURES, "two_gate"), scaled=True)
+
+
+def one_gate() -> PolicySpace:
+    """Each measure of complexity with one threshold, logits as they are, each split size, none among them."""
+    return PolicySpace(MEASURES)
+
+
+def early_gates() -> PolicySpace:
+    """What is known when only the main block ran, with the extension block in use: few policies, for few images.
+
+    The more policies are compared on a few hundred images, the more the best of them owes to chance.
+    """
+    return PolicySpace(("main_entropy", "max_softmax", "margin"), smallest_split=1)
 
 
 def paper() -> PolicySpace:
-    """The paper's gate alone: the main exit's entropy, each split size."""
-    return PolicySpace(("main_entropy",))
+    """The paper's gate alone: the main exit's entropy, each split size from one class on."""
+    return PolicySpace(("main_entropy",), smallest_split=1)
 
 
-SPACES = {space.__name__: space for space in (all_gates, paper)}
+SPACES = {space.__name__: space for space in (all_gates, one_gate, early_gates, paper)}

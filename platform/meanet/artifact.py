@@ -66,6 +66,7 @@ class TrainedModel:
         if self.operating_point is None:
             raise UserError("this model has no operating point yet: run jobs.sweep on its exits table")
         policy = Policy.from_dict(self.operating_point)
+        policy.check_classes(len(self.class_names))
         if policy.hard_classes != self.hard_classes[: len(policy.hard_classes)]:
             raise UserError(
                 f"the operating point's hard classes {list(policy.hard_classes)} are not the first of the trained "

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from meanet.errors import UserError
 
-Gate = Literal["main_entropy", "max_softmax", "margin"]
+Measure = Literal["main_entropy", "accepted_entropy", "max_softmax", "margin"]
+Gate = Literal["main_entropy", "accepted_entropy", "max_softmax", "margin", "two_gate", "per_class"]
 Join = Literal["concat", "sum"]
 Schedule = Literal["one_cycle", "steps"]
 Payload = Literal["png", "raw"]
@@ -238,17 +239,46 @@ class EnergyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OperatingPointConfig:
-    """How the operating point is chosen on validation."""
+    """How the operating point is chosen on validation: the cheapest policy within the bounds on accuracy, or, where
+    there are none, the most accurate one within the others."""
 
-    max_accuracy_loss_vs_cloud: float = 0.005
-    """How far accuracy may fall below cloud-only's, 0..1 (0.005 = half a point)."""
+    max_accuracy_loss_vs_cloud: float | None = 0.005
+    """How far accuracy may fall below cloud-only's, 0..1 (0.005 = half a point); None = as far as it likes."""
+    min_accuracy: float | None = None
+    """Accuracy at least, 0..1; None = any."""
+    max_energy: float | None = None
+    """Joules of the device an image at most; None = any."""
+    max_cloud_share: float | None = None
+    """Share of the images that may go to the cloud, 0..1; None = any."""
+    max_latency: float | None = None
+    """Expected seconds an image at most, compute and link; None = any."""
     confidence: float = 0.95
-    """How sure validation must make us of that, 0.5..1 (one-sided; 0.5 takes the estimate as it is)."""
+    """How sure validation must make us of the bounds on accuracy, 0.5..1 (one-sided; 0.5 takes the estimate)."""
 
     def __post_init__(self) -> None:
         _require(0.5 <= self.confidence < 1, f"confidence is {self.confidence}: it must lie in 0.5..1, 1 excluded")
         loss = self.max_accuracy_loss_vs_cloud
-        _require(0 <= loss <= 1, f"max_accuracy_loss_vs_cloud is {loss}: it is a share, 0..1 (0.005 = half a point)")
+        _require(
+            loss is None or 0 <= loss <= 1,
+            f"max_accuracy_loss_vs_cloud is {loss}: it is a share, 0..1 (0.005 = half a point)",
+        )
+        for name in ("min_accuracy", "max_cloud_share"):
+            share = getattr(self, name)
+            _require(share is None or 0 <= share <= 1, f"{name} is {share}: it is a share, 0..1")
+        for name, unit in (("max_energy", "joules"), ("max_latency", "seconds")):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{name} is {value}: it must be above 0 {unit} an image")
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """The constraints that stand, by name."""
+        names = ("max_accuracy_loss_vs_cloud", "min_accuracy", "max_energy", "max_cloud_share", "max_latency")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @property
+    def bounds_accuracy(self) -> bool:
+        """Whether accuracy is bounded, so that energy is what is made best."""
+        return self.max_accuracy_loss_vs_cloud is not None or self.min_accuracy is not None
 
 
 @dataclass(frozen=True, kw_only=True)

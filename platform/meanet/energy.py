@@ -109,6 +109,20 @@ class CostModel:
         """Further compute where adaptive and extension blocks run, J per image."""
         return (self.macs.adaptive + self.macs.extension) * self.device.joules_per_mac
 
+    @property
+    def main_seconds(self) -> float:
+        """Time of the main block, s per image."""
+        return 0.0
+
+    @property
+    def extension_seconds(self) -> float:
+        """Further time where adaptive and extension blocks run, s per image."""
+        return 0.0
+
+    def cloud_seconds(self, num_bytes: NDArray[Any] | float) -> NDArray[np.float64]:
+        """Time to the cloud's answer, s."""
+        return np.asarray(num_bytes, dtype=np.float64) * self.link.seconds(1)
+
     def upload_joules(self, num_bytes: NDArray[Any] | float) -> NDArray[np.float64]:
         """Energy to send each of these payloads, J; bytes truly sent."""
         return np.asarray(num_bytes, dtype=np.float64) * self.link.joules_per_byte

@@ -14,17 +14,17 @@ import pyarrow as pa
 import torch
 
 from meanet.artifact import TrainedModel
-from meanet.config import Payload, Recipe
+from meanet.config import EnergyConfig, OperatingPointConfig, Payload, Recipe
 from meanet.data import Images, Splits
 from meanet.energy import CostModel, Macs, cost_model
 from meanet.errors import UserError
+from meanet.exits_columns import check_columns, matrix
 from meanet.preprocessing import encode_png
+from meanet.replay import Exits
 from meanet.routing import Ints, Policy, read, read_extension, read_main
 from meanet.storage import read_parquet
-from meanet.thresholds import Exits
 
 _KEY = b"meanet"
-_COLUMNS = ("split", "index", "label", "main_logits", "extension_logits", "cloud_pred", "cloud_confidence")
 
 
 def exits_table(model: TrainedModel, splits: Splits) -> pa.Table:
@@ -90,51 +90,79 @@ def _lists(logits: Any) -> pa.FixedSizeListArray:
 
 
 class ExitsTable:
-    """A recorded exits table, checked.
+    """A recorded exits table, checked: ours, or a user's own with the same columns.
 
     Raises:
-        UserError: no whole Parquet file, a missing column, or no metadata of ours.
+        UserError: a missing column, one of the wrong type or range, or a description that is missing or does not fit.
     """
 
-    def __init__(self, table: pa.Table, source: str | Path = "the exits table") -> None:
-        missing = [name for name in _COLUMNS if name not in table.column_names]
-        if missing:
-            raise UserError(f"{source} lacks the columns {', '.join(missing)}: write it with jobs.evaluate")
+    def __init__(
+        self, table: pa.Table, source: str | Path = "the exits table", description: dict[str, Any] | None = None
+    ) -> None:
+        """`description` stands in for what the table's own metadata lacks: `hard_classes`, `macs`, `class_names`."""
+        self.table, self.source = table, source
+        known = _metadata(table, source) | (description or {})
+        lacking = [name for name in ("hard_classes", "macs") if name not in known]
+        if lacking:
+            raise UserError(
+                f"{source} does not say {' and '.join(lacking)} in its `meanet` metadata: write the table with "
+                "jobs.evaluate, or give --hard-classes (hardest first) and --macs (of main, adaptive, extension, cloud)"
+            )
         try:
-            description = json.loads((table.schema.metadata or {})[_KEY])
-            self.recipe = Recipe.from_dict(description["recipe"])
-            self.macs = Macs(**description["macs"])
-            self.class_names = tuple(description["class_names"])
-            self.hard_classes = tuple(description["hard_classes"])
-        except (KeyError, ValueError, TypeError) as error:
+            self.macs = Macs(**known["macs"])
+            self.hard_classes = tuple(int(class_id) for class_id in known["hard_classes"])
+            self._recipe = Recipe.from_dict(known["recipe"]) if "recipe" in known else None
+        except (ValueError, TypeError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{source} has no readable `meanet` metadata: write it with jobs.evaluate") from error
-        self.table = table
+            raise UserError(
+                f"{source} has no readable `meanet` metadata ({error}): write it with jobs.evaluate"
+            ) from error
+        num_classes = check_columns(table, source, self.hard_classes)
+        names = known.get("class_names") or range(num_classes)
+        self.class_names = tuple(str(name) for name in names)
+        if len(self.class_names) != num_classes:
+            raise UserError(
+                f"{source} has {num_classes} main logits and {len(self.class_names)} class names: give one each"
+            )
+        self.energy = self._recipe.energy if self._recipe else EnergyConfig()
+        self.operating_point = self._recipe.operating_point if self._recipe else OperatingPointConfig()
 
     @staticmethod
-    def read(uri: str | Path) -> "ExitsTable":
+    def read(uri: str | Path, description: dict[str, Any] | None = None) -> "ExitsTable":
         """From a path or s3:// URI."""
-        return ExitsTable(read_parquet(uri), uri)
+        return ExitsTable(read_parquet(uri), uri, description)
+
+    @property
+    def recipe(self) -> Recipe:
+        """What trained the model behind it.
+
+        Raises:
+            UserError: a table of a user's own names none.
+        """
+        if self._recipe is None:
+            raise UserError(f"{self.source} names no recipe: write it with jobs.evaluate")
+        return self._recipe
 
     @property
     def costs(self) -> CostModel:
-        """Joules by the recipe's profiles."""
-        return cost_model(self.recipe.energy, self.macs)
+        """Joules and seconds by `energy`'s profiles."""
+        return cost_model(self.energy, self.macs)
 
     def exits(self, split: str, payload: Payload | None = None) -> Exits:
         """The recorded exits of `validation` or `test`."""
-        column = f"upload_bytes_{payload or self.recipe.energy.payload}"
+        column = f"upload_bytes_{payload or self.energy.payload}"
         if column not in self.table.column_names:
             raise UserError(f"the exits table has no column {column}: evaluate again with that payload")
         rows = self.table.filter(pa.compute.equal(self.table["split"], split))
         if not rows.num_rows:
             raise UserError(f"the exits table has no {split} rows: evaluate again")
         count = rows.num_rows
+        extended = bool(self.hard_classes)
         return Exits(
             labels=rows["label"].to_numpy(),
-            main_logits=_matrix(rows["main_logits"], count),
-            extension_logits=_matrix(rows["extension_logits"], count),
+            main_logits=matrix(rows["main_logits"], count),
+            extension_logits=matrix(rows["extension_logits"], count) if extended else np.zeros((count, 0), np.float32),
             cloud_pred=rows["cloud_pred"].to_numpy(),
             upload_bytes=rows[column].to_numpy(),
             hard_classes=self.hard_classes,
@@ -147,5 +175,11 @@ class ExitsTable:
         return index
 
 
-def _matrix(column: pa.ChunkedArray, count: int) -> Any:
-    return column.combine_chunks().flatten().to_numpy().reshape(count, -1)
+def _metadata(table: pa.Table, source: str | Path) -> dict[str, Any]:
+    try:
+        found = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
+    except ValueError as error:
+        raise UserError(f"{source} has `meanet` metadata that is no JSON: write it with jobs.evaluate") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{source} has `meanet` metadata that is no JSON object: write it with jobs.evaluate")
+    return found

@@ -3,16 +3,80 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
+from meanet.bootstrap import intervals
+from meanet.calibration import fit_temperatures
 from meanet.config import Gate, OperatingPointConfig
+from meanet.energy import CostModel
+from meanet.errors import UserError
 from meanet.evaluation import ExitsTable
-from meanet.routing import Policy
-from meanet.thresholds import Outcome, Points, choose, pareto_front, replay, sweep
+from meanet.fronts import choose, pareto_front, pareto_set
+from meanet.replay import Exits, Outcome, Replayer, replay
+from meanet.routing import GATES, MEASURES, Bools, Policy
+from meanet.thresholds import UNSCALED, Points, Recorded, check_sizes, sweep_gate
+from meanet.two_gate import sweep_two_gates
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What comparing every policy of some gates left."""
+
+    compared: int
+    """How many policies were compared."""
+    points: Points
+    """Those that a constraint or a front could choose."""
+    temperatures: dict[str, float]
+    """Of the scaled ones."""
+
+
+def sweep(
+    exits: Exits,
+    costs: CostModel,
+    gates: Iterable[Gate],
+    split_sizes: Iterable[int] | None = None,
+    *,
+    scaled: bool = False,
+    confidence: float = 0.5,
+) -> Swept:
+    """Compare every distinct threshold of every gate and split size.
+
+    Args:
+        exits: recorded exits of one split.
+        costs: joules and seconds.
+        gates: measures, and `two_gate`.
+        split_sizes: numbers of hard classes k in use; all of 0..H if None.
+        scaled: whether each gate is searched with temperature-scaled logits, too (fitted on these exits).
+        confidence: with which bounds on accuracy will be asked for.
+
+    Raises:
+        UserError: a split size that the trained extension does not have; no samples; a gate that cannot be enumerated.
+    """
+    sizes, gates = check_sizes(exits, split_sizes), list(gates)
+    measures = [gate for gate in gates if gate in MEASURES]
+    if len(measures) + ("two_gate" in gates) < len(gates) or not gates:
+        raise UserError(
+            f"gates {gates}: choose of {', '.join(MEASURES)} and two_gate; a threshold a class is too many to compare, "
+            "`python -m jobs.tune gates RECIPE` searches them"
+        )
+    z = NormalDist().inv_cdf(confidence)
+    temperatures = fit_temperatures(exits) if scaled else UNSCALED
+    compared, parts = 0, []
+    for used in (UNSCALED, temperatures) if temperatures != UNSCALED else (UNSCALED,):
+        recorded = Recorded(exits, costs, used)
+        found: list[tuple[int, Points | None]] = [sweep_gate(recorded, gate, sizes, z) for gate in measures]
+        if "two_gate" in gates:
+            found.append(sweep_two_gates(recorded, sizes))
+        compared += sum(count for count, _ in found)
+        parts += [points for _, points in found if points is not None]
+    if not parts:
+        raise UserError(f"split sizes {sizes}: two_gate needs hard classes in use; add a size above 0")
+    return Swept(compared, Points.join(parts), temperatures)
 
 
 @dataclass(frozen=True)
@@ -25,33 +89,67 @@ class Search:
     """Wall time of the comparison."""
     front: Points
     """Each gate's accuracy-joules front on validation."""
+    pareto: Points
+    """What nothing beats in accuracy, joules, cloud share and latency together, over all gates, on validation."""
+    temperatures: dict[str, float]
+    """Of the points that are scaled."""
     chosen: dict[str, Any]
     """The operating point."""
 
     def to_dict(self, table: ExitsTable) -> dict[str, Any]:
-        """The answer of `jobs.sweep --json`: each point of the front on validation, and on test beside it."""
-        test, costs = table.exits("test"), table.costs
+        """The answer of `jobs.sweep --json`: each point of the fronts on validation, and on test beside it."""
+        policies = [self.policy(self.front, row, table) for row in range(len(self.front))]
+        chosen, costs = Policy.from_dict(self.chosen), table.costs
+        on = {split: Replayer(table.exits(split), costs) for split in ("validation", "test")}
+        sure = {split: intervals(replayer, policies, chosen) for split, replayer in on.items()}
         rows = []
-        for row in range(len(self.front)):
-            policy = policy_of(self.front, row, table.hard_classes)
-            figures = replay(test, costs, policy)
+        for row, policy in enumerate(policies):
+            figures = on["test"].replay(policy)
+            found = sure["validation"]
             rows.append(
                 {
-                    "gate": policy.gate,
-                    "thresholds": list(policy.thresholds),
-                    "num_hard_classes": len(policy.hard_classes),
-                    "accuracy": float(self.front.accuracy[row]),
-                    "joules": float(self.front.joules[row]),
-                    "cloud_share": float(self.front.cloud_share[row]),
+                    **_row(self.front, row, policy),
+                    "accuracy_interval": found.accuracy[row].tolist(),
+                    "joules_interval": found.joules[row].tolist(),
+                    "same_as_previous": bool(row and found.same_as_previous[row]),
+                    "same_as_operating_point": bool(found.same_as_reference[row]),
                     "split": "validation",
                     "test": {
                         "accuracy": figures.accuracy,
+                        "accuracy_interval": sure["test"].accuracy[row].tolist(),
                         "joules": figures.total_joules,
                         "cloud_share": figures.share["cloud"],
+                        "latency": figures.seconds,
                     },
                 }
             )
-        return {"points": self.points, "seconds": self.seconds, "front": rows, "operating_point": self.chosen}
+        pareto = [_row(self.pareto, row, self.policy(self.pareto, row, table)) for row in range(len(self.pareto))]
+        return {
+            "points": self.points,
+            "seconds": self.seconds,
+            "temperatures": self.temperatures,
+            "front": rows,
+            "pareto": pareto,
+            "operating_point": self.chosen,
+        }
+
+    def policy(self, points: Points, row: int, table: ExitsTable) -> Policy:
+        """One point of this search as a policy."""
+        return policy_of(points, row, table.hard_classes, self.temperatures)
+
+
+def _row(points: Points, row: int, policy: Policy) -> dict[str, Any]:
+    return {
+        "gate": policy.gate,
+        "measures": list(policy.measures),
+        "thresholds": list(policy.thresholds),
+        "scaled": bool(points.scaled[row]),
+        "num_hard_classes": len(policy.hard_classes),
+        "accuracy": float(points.accuracy[row]),
+        "joules": float(points.joules[row]),
+        "cloud_share": float(points.cloud_share[row]),
+        "latency": float(points.seconds[row]),
+    }
 
 
 def search(
@@ -60,35 +158,62 @@ def search(
     gates: Iterable[Gate],
     split_sizes: Iterable[int] | None = None,
     run: str | None = None,
+    *,
+    scaled: bool = False,
 ) -> Search:
     """Compare every policy on validation and choose the operating point.
 
     Args:
         table: recorded exits.
-        constraint: how far below cloud-only the point may lie.
-        gates: complexities to compare with a threshold.
-        split_sizes: numbers of hard classes in use; None = 1..H.
+        constraint: what the point must keep.
+        gates: measures to compare with a threshold, and `two_gate`.
+        split_sizes: numbers of hard classes in use; None = 0..H.
         run: id of the run that made the table.
+        scaled: search temperature-scaled logits, too.
+
+    Raises:
+        UserError: the constraint cannot be kept; a gate or split size that cannot be searched.
     """
     validation, costs = table.exits("validation"), table.costs
     started = time.perf_counter()
-    points = sweep(validation, costs, gates, split_sizes)
-    chosen = choose(points, constraint.max_accuracy_loss_vs_cloud, constraint.confidence)
+    swept = sweep(validation, costs, gates, split_sizes, scaled=scaled, confidence=constraint.confidence)
+    points = swept.points
+    chosen = choose(points, constraint)
+    fronts = [pareto_front(points.take(rows)) for _, _, rows in kinds(points)]
+    pareto = pareto_set(points)
     seconds = time.perf_counter() - started
-    fronts = [pareto_front(points.take(points.gate == gate)) for gate in np.unique(points.gate)]
-    policy = policy_of(chosen, 0, table.hard_classes)
+    policy = policy_of(chosen, 0, table.hard_classes, swept.temperatures)
     described = describe(policy, replay(validation, costs, policy), constraint, run)
-    return Search(len(points), seconds, Points.join(fronts), described)
+    return Search(swept.compared, seconds, Points.join(fronts), pareto, swept.temperatures, described)
 
 
-def policy_of(points: Points, row: int, hard_classes: tuple[int, ...]) -> Policy:
-    """One point as a policy."""
-    threshold = float(points.threshold[row])
-    gate: Any = str(points.gate[row])
+def kinds(points: Points) -> Iterator[tuple[Gate, bool, Bools]]:
+    """Each gate among the points, raw and temperature-scaled apart, with a mask of the points that are of it."""
+    for gate in np.unique(points.gate):
+        for by in np.unique(points.scaled[points.gate == gate]):
+            yield GATES[gate], bool(by), (points.gate == gate) & (points.scaled == by)
+
+
+def policy_of(
+    points: Points, row: int, hard_classes: tuple[int, ...], temperatures: dict[str, float] | None = None
+) -> Policy:
+    """One point as a policy; `temperatures` are those of scaled points."""
+
+    def threshold(value: float) -> float | None:
+        return None if np.isinf(value) else float(value)
+
+    gate = GATES[points.gate[row]]
+    thresholds = [threshold(points.threshold[row])]
+    measures = [MEASURES[points.measure[row]]]
+    if gate == "two_gate":
+        thresholds.append(threshold(points.threshold_hard[row]))
+        measures.append(MEASURES[points.measure_hard[row]])
     return Policy(
         gate=gate,
-        thresholds=(None if np.isinf(threshold) else threshold,),
+        thresholds=tuple(thresholds),
         hard_classes=hard_classes[: int(points.num_hard_classes[row])],
+        temperatures=dict(temperatures or UNSCALED) if points.scaled[row] else dict(UNSCALED),
+        measures=tuple(measures),
     )
 
 
@@ -104,11 +229,12 @@ def describe(policy: Policy, expected: Outcome, constraint: OperatingPointConfig
             "joules": expected.joules,
             "joules_source": expected.joules_source,
             "bytes_uploaded": expected.bytes_uploaded,
+            "latency": expected.seconds,
         },
         "constraint": {
-            "max_accuracy_loss_vs_cloud": constraint.max_accuracy_loss_vs_cloud,
+            **constraint.bounds,
             "confidence": constraint.confidence,
-            "objective": "min joules",
+            "objective": "min joules" if constraint.bounds_accuracy else "max accuracy",
         },
         "run": run,
     }

@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from meanet.evaluation import ExitsTable
-from meanet.operating_point import Search, policy_of
+from meanet.operating_point import Search, kinds
+from meanet.replay import Exits, Replayer
 from meanet.routing import Exit, Policy, read_main, route
-from meanet.thresholds import Exits, replay
 
 _COLOURS = {"main": "#4c78a8", "extension": "#f58518", "cloud": "#9aa5b1"}
 
@@ -30,12 +30,13 @@ def all_figures(report: Mapping[str, Any], table: ExitsTable, search: Search) ->
 def accuracy_energy(report: Mapping[str, Any], table: ExitsTable, search: Search) -> Figure:
     """Test accuracy against energy: each gate's validation-chosen front, and the single policies."""
     figure, axes = _figure("Accuracy against energy (test)")
-    test, costs = table.exits("test"), table.costs
-    for gate in np.unique(search.front.gate):
-        front = search.front.take(search.front.gate == gate)
-        outcomes = [replay(test, costs, policy_of(front, row, table.hard_classes)) for row in range(len(front))]
+    on_test = Replayer(table.exits("test"), table.costs)
+    for gate, scaled, rows in kinds(search.front):
+        front = search.front.take(rows)
+        outcomes = [on_test.replay(search.policy(front, row, table)) for row in range(len(front))]
         joules = [1e6 * outcome.total_joules for outcome in outcomes]
-        axes.plot(joules, [outcome.accuracy for outcome in outcomes], ".-", alpha=0.6, label=f"gate {gate}")
+        label = f"gate {gate.replace('_', ' ')}{', scaled' if scaled else ''}"
+        axes.plot(joules, [outcome.accuracy for outcome in outcomes], ".-", alpha=0.6, label=label)
     for (name, policy), marker in zip(report["policies"].items(), "sD^v<P*X", strict=False):
         joules_spent = 1e6 * sum(policy["joules"].values())
         size = 13 if name == "operating_point" else 8

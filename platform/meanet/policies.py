@@ -7,8 +7,8 @@ from statistics import NormalDist
 import numpy as np
 
 from meanet.energy import CostModel
+from meanet.replay import Exits, Outcome, outcome, replay
 from meanet.routing import Exit, Policy, Routed, read_main, route
-from meanet.thresholds import Exits, Outcome, outcome, replay
 
 CORRECT_WEIGHT = 0.7
 """w of the authors' formula: both of their published thresholds follow from it."""
@@ -54,8 +54,7 @@ def baselines(exits: Exits, costs: CostModel, authors: float) -> dict[str, Outco
         costs: joules.
         authors: the authors' threshold, found on validation.
     """
-    count = exits.num_samples
-    cloud = Routed(np.full(count, int(Exit.CLOUD)), exits.cloud_pred)
+    cloud = _all_to_cloud(exits)
 
     def gate(threshold: float) -> Outcome:
         return replay(exits, costs, Policy(thresholds=(threshold,), hard_classes=exits.hard_classes))
@@ -70,13 +69,18 @@ def baselines(exits: Exits, costs: CostModel, authors: float) -> dict[str, Outco
     }
 
 
+def _all_to_cloud(exits: Exits) -> Routed:
+    count = exits.num_samples
+    return Routed(np.full(count, int(Exit.CLOUD)), exits.cloud_pred, np.zeros(count, dtype=bool))
+
+
 def random_routing(exits: Exits, costs: CostModel, policy: Policy, cloud_share: float) -> Outcome:
     """What to expect where that share of the samples, any of them, goes to the cloud, and `policy` has the others.
 
     Exact, by linearity, rather than one draw.
     """
     edge = replay(exits, costs, policy.with_request(edge_only=True))
-    cloud = outcome(exits, costs, Routed(np.full(exits.num_samples, int(Exit.CLOUD)), exits.cloud_pred))
+    cloud = outcome(exits, costs, _all_to_cloud(exits))
 
     def mix(kept: float, sent: float) -> float:
         return (1 - cloud_share) * kept + cloud_share * sent
@@ -100,7 +104,7 @@ def oracle(exits: Exits) -> Routed:
     cloud_right = exits.cloud_pred == exits.labels
     choice = np.select([main_right, edge_right, cloud_right], [Exit.MAIN, Exit.EXTENSION, Exit.CLOUD], Exit.MAIN)
     pred = np.choose(choice, [main.pred, edge.pred, exits.cloud_pred])
-    return Routed(choice.astype(np.int64), pred)
+    return Routed(choice.astype(np.int64), pred, choice == Exit.EXTENSION)
 
 
 def routing_efficiency(exits: Exits, policy: Policy) -> float | None:

@@ -12,9 +12,9 @@ from meanet import plots
 from meanet.evaluation import ExitsTable
 from meanet.operating_point import Search
 from meanet.policies import authors_threshold, baselines, random_routing, routing_efficiency
+from meanet.replay import Outcome, replay
 from meanet.routing import Policy
 from meanet.storage import write_text
-from meanet.thresholds import Outcome, replay
 
 _PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>MEANet: $recipe</title>

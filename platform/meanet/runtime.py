@@ -4,7 +4,7 @@ runs only on the samples that go on; the complex ones are handed back for the cl
 Shape letters: N samples, C classes, H hard classes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from meanet.routing import (
     read_extension,
     read_main,
     settle,
+    still_complex,
 )
 
 Images = NDArray[np.uint8]
@@ -68,29 +69,35 @@ class EdgeRuntime:
         answers = Answers(
             exits.copy(), main.pred.copy(), main.confidence.copy(), main.entropy, np.zeros(len(images), dtype=bool)
         )
-        pending = Pending(tensor, features, main, np.flatnonzero(exits == Exit.CLOUD))
-        self._extend(np.flatnonzero(exits == Exit.EXTENSION), pending, answers, policy)
+        pending = Pending(tensor, features, main)
+        rows = np.flatnonzero(exits == Exit.EXTENSION)
+        if len(rows):
+            settled = self._extend(rows, pending, answers, policy)
+            answers.exit[rows[still_complex(main.take(rows), settled, policy)]] = Exit.CLOUD
+        pending.rows = np.flatnonzero(answers.exit == Exit.CLOUD)
         return answers, pending
 
     @torch.inference_mode()
     def finish(self, answers: Answers, pending: "Pending", policy: Policy) -> None:
         """The cloud cannot be had: give the waiting samples the edge's best answer (steps 2 and 3 of the rule)."""
-        rows = pending.rows
+        ran = answers.extended[pending.rows]
+        answers.exit[pending.rows[ran]] = Exit.EXTENSION  # their answer stands already
+        rows = pending.rows[~ran]
         hard = is_hard(pending.main.take(rows), policy)
         answers.accept(rows[~hard], Exit.MAIN, pending.main.take(rows[~hard]))
-        self._extend(rows[hard], pending, answers, policy)
+        if hard.any():
+            self._extend(rows[hard], pending, answers, policy)
 
-    def _extend(self, rows: Ints, pending: "Pending", answers: Answers, policy: Policy) -> None:
-        if not len(rows):
-            return
+    def _extend(self, rows: Ints, pending: "Pending", answers: Answers, policy: Policy) -> Reading:
         index = torch.from_numpy(rows)
         logits = self._meanet.path(pending.images.index_select(0, index), pending.features.index_select(0, index))
         settled = settle(pending.main.take(rows), read_extension(logits.numpy(), policy))
         answers.accept(rows, Exit.EXTENSION, settled)
         answers.extended[rows] = True
+        return settled
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pending:
     """Samples that wait for the cloud, and what the edge needs should it not answer."""
 
@@ -100,7 +107,7 @@ class Pending:
     """(N, F, h, w) of the whole batch."""
     main: Reading
     """Of the whole batch."""
-    rows: Ints
+    rows: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     """Which samples wait."""
 
 

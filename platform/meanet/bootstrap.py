@@ -1,0 +1,64 @@
+"""How sure a figure is: percentile intervals by bootstrap over samples (Efron & Tibshirani 1993). Pure arrays."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meanet.replay import Replayer, joules_of
+from meanet.routing import Bools, Floats, Policy
+
+DRAWS, LEVEL = 1000, 0.95
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Of P policies over one split, at 95%."""
+
+    accuracy: Floats
+    """(P, 2) lower and upper end."""
+    joules: Floats
+    """(P, 2) J an image."""
+    same_as_previous: Bools
+    """(P,) whether zero lies in the interval of the paired difference in accuracy from the policy before."""
+    same_as_reference: Bools
+    """(P,) the same, from the reference policy."""
+
+
+def intervals(replayer: Replayer, policies: list[Policy], reference: Policy, seed: int = 0) -> Intervals:
+    """Draw the split's samples again and again, the same draws for all policies, so that differences are paired."""
+    exits = replayer.exits
+    routed = [replayer.route(policy) for policy in [*policies, reference]]
+    right = np.stack([found.pred == exits.labels for found in routed], axis=1)
+    joules = np.stack([joules_of(exits, replayer.costs, found) for found in routed], axis=1)
+    accuracy_draws, joules_draws = _means(right, seed), _means(joules, seed)
+    own = accuracy_draws[:, :-1]
+    previous = np.concatenate((own[:, :1], own[:, :-1]), axis=1)
+    return Intervals(
+        accuracy=_ends(own),
+        joules=_ends(joules_draws[:, :-1]),
+        same_as_previous=_holds_zero(own - previous),
+        same_as_reference=_holds_zero(own - accuracy_draws[:, -1:]),
+    )
+
+
+def _means(values: NDArray[np.generic], seed: int) -> Floats:
+    """(DRAWS, P) means of (N, P) values over resampled rows, a hundred draws at a time."""
+    count, generator = len(values), np.random.default_rng(seed)
+    exact = values.astype(np.float64)
+    means = []
+    for _ in range(DRAWS // 100):
+        weights = generator.multinomial(count, np.full(count, 1 / count), size=100)
+        means.append(weights @ exact / count)
+    return np.concatenate(means)
+
+
+def _ends(draws: Floats) -> Floats:
+    ends: Floats = np.quantile(draws, ((1 - LEVEL) / 2, (1 + LEVEL) / 2), axis=0).T
+    return ends
+
+
+def _holds_zero(differences: Floats) -> Bools:
+    low, high = _ends(differences).T
+    holds: Bools = (low <= 0) & (high >= 0)
+    return holds
