@@ -31,6 +31,7 @@ from meanet.tracking import Tracker
 from meanet.trial import RUNGS
 
 STAGES = ("base", "trials", "report")
+REPORTS = ("report.json", "report.html", "union_front.csv")
 _IDENTITY = ("space", "recipe", "digest", "data_digest", "tracking_uri", "plan")
 """What must be the same for an interrupted study to go on."""
 
@@ -121,14 +122,7 @@ def _clear(root: Path) -> None:
     """Drop what an earlier study left, but not what its phases have trained: a key says what each is good for."""
     for name in ("trials", "progress", "tune", "model"):
         shutil.rmtree(root / name, ignore_errors=True)
-    for name in (
-        "study.json",
-        "exits.parquet",
-        "operating_point.json",
-        "report.json",
-        "report.html",
-        "union_front.csv",
-    ):
+    for name in ("study.json", "exits.parquet", "operating_point.json", *REPORTS):
         (root / name).unlink(missing_ok=True)
 
 

@@ -12,6 +12,7 @@ from meanet import artifact
 from meanet.artifact import TrainedModel
 from meanet.errors import UserError, exit_on_user_error
 from meanet.routing import Policy
+from meanet.study import read_trials
 from meanet.tracking import MODEL, Tracker
 
 
@@ -52,14 +53,17 @@ def _model_and_point(flags: Flags) -> tuple[TrainedModel, dict[str, object]]:
     if flags.trial is None:
         model = artifact.load(flags.folder / "model")
         return model, read_operating_point(flags.operating_point or flags.folder / "operating_point.json")
-    folder = flags.folder / "trials" / flags.trial / "model"
-    if not folder.exists():
-        known = sorted(path.parent.name for path in (flags.folder / "trials").glob("*/model"))
+    trials = {trial.id: trial for trial in read_trials(flags.folder / "trials") if trial.operating_point}
+    if flags.trial not in trials:
         raise UserError(
-            f"{flags.folder} has no model of a trial {flags.trial!r}: choose one of {', '.join(known) or '(none)'}, or "
-            "give a study's folder"
+            f"{flags.folder} has no trial {flags.trial!r} with an operating point: choose one of "
+            f"{', '.join(trials) or '(none)'}, or give a study's folder"
         )
-    return artifact.load(folder), read_operating_point(flags.operating_point or folder / artifact.OPERATING_POINT)
+    own = flags.folder / "trials" / flags.trial / "model"  # trials that train nothing share the study's
+    point = trials[flags.trial].operating_point
+    assert point is not None, "others were left out"
+    other = read_operating_point(flags.operating_point) if flags.operating_point else point
+    return artifact.load(own if own.exists() else flags.folder / "model"), other
 
 
 @exit_on_user_error

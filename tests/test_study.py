@@ -15,13 +15,19 @@ from hypothesis import strategies as st
 from jobs._study import Record, StudyFolder, TrialLog
 from meanet import artifact
 from meanet.artifact import TrainedModel
-from meanet.config import ModelConfig, Recipe
+from meanet.config import Measure, ModelConfig, Recipe
 from meanet.data import Splits
+from meanet.energy import CostModel
 from meanet.errors import UserError
 from meanet.evaluation import ExitsTable, exits_table
+from meanet.fronts import pareto_front
 from meanet.loop import SingleProcess
+from meanet.operating_point import policy_of, sweep
+from meanet.per_class import Evaluation, Levels, exact_front, starts
 from meanet.phases import PhaseStore, Trained, phase_keys
 from meanet.recipes import RECIPES, digits, nominal
+from meanet.replay import Exits, Replayer, replay
+from meanet.routing import MEASURES, Policy
 from meanet.study import (
     Choice,
     FloatRange,
@@ -40,20 +46,22 @@ from meanet.study import (
     set_fields,
     trial_id,
     union_front,
+    write_trial,
 )
-from meanet.study_report import Chosen, Facts, build, cheapest, figures, front_csv
+from meanet.study_report import Chosen, Facts, best_trial, build, figures, front_csv
 from meanet.study_report import write as write_report
-from meanet.thresholds import pareto_front, replay, sweep
+from meanet.thresholds import Points
 from meanet.tracking import Tracker
 from meanet.training import build_networks, resident_feed
-from meanet.trial import Rung, Study, TrialRun, keep_base, reference_of, rungs, write_trial
+from meanet.trial import Policies, Rung, Study, TrialRun, keep_base, reference_of, rungs
 from tune_spaces.blocks import blocks
 from tune_spaces.class_split import class_split
+from tune_spaces.gates import gates
 from tune_spaces.joint import joint
 from tune_spaces.training import training
 
 SPACES = (class_split, blocks, training, joint)
-GATES = ("main_entropy", "max_softmax")
+POLICIES = Policies(("main_entropy", "max_softmax"), smallest_split=1)
 
 
 def drawn(space: Space, generator: np.random.Generator) -> Params:
@@ -158,7 +166,7 @@ def test_set_fields_changes_what_is_named() -> None:
 
 
 def point(accuracy: float, joules: float) -> FrontPoint:
-    return FrontPoint(accuracy, joules, 0.0, "main_entropy", 0.5, 1)
+    return FrontPoint(accuracy, joules, 0.0, "main_entropy", (0.5,), scaled=False, num_hard_classes=1)
 
 
 points = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=12)
@@ -298,7 +306,13 @@ def study(tmp_path_factory: pytest.TempPathFactory, model: TrainedModel, table: 
     keep_base(root, model, 10)
     exits = table.exits("validation")
     space = class_split(recipe, 10)
-    return Study(str(root), recipe, space, GATES, reference_of(exits, table.costs), exits)  # type: ignore[arg-type]
+    return Study(str(root), recipe, space, POLICIES, reference_of(exits, table.costs), exits)
+
+
+def exact(exits: Exits, costs: CostModel) -> Points:
+    """The front of the study's policies, by the exact search itself."""
+    sizes = range(1, len(exits.hard_classes) + 1)
+    return pareto_front(sweep(exits, costs, POLICIES.gates, sizes).points)
 
 
 def run(study: Study, params: Params, splits: Splits) -> tuple[Trial, list[Measured | None]]:
@@ -332,7 +346,7 @@ def test_trial_leaves_a_model_whose_exits_are_the_front(
     assert model.operating_point == found.operating_point
     whole = ExitsTable(exits_table(model, splits))
     exits = whole.exits("validation")
-    front = pareto_front(sweep(exits, whole.costs, GATES))  # type: ignore[arg-type]
+    front = exact(exits, whole.costs)
     np.testing.assert_allclose([p.accuracy for p in found.front], front.accuracy, atol=2 / exits.num_samples)
     np.testing.assert_allclose([p.joules for p in found.front], front.joules, rtol=0.02)
     expected = replay(exits, whole.costs, model.policy)
@@ -345,7 +359,7 @@ def test_default_trains_nothing_and_has_the_default_models_front(
 ) -> None:
     found, shown = run(study, study.space.first[0], splits)
     assert shown == []
-    front = pareto_front(sweep(table.exits("validation"), table.costs, GATES))  # type: ignore[arg-type]
+    front = exact(table.exits("validation"), table.costs)
     np.testing.assert_allclose([p.accuracy for p in found.front], front.accuracy, atol=2e-3)
     assert found.hard_classes == table.hard_classes
 
@@ -384,6 +398,59 @@ def study_main_macs(study: Study) -> int:
     from meanet.models import macs_of
 
     return macs_of(networks.meanet, networks.cloud, (1, 8, 8)).main
+
+
+# Policies with a threshold a class
+
+
+@pytest.mark.parametrize("by", MEASURES)
+def test_levels_and_thresholds_are_two_names_of_one_policy(table: ExitsTable, by: Measure) -> None:
+    """Any policy of one threshold, translated to levels and back, sends the same samples."""
+    exits, costs = table.exits("validation"), table.costs
+    levels = Levels(exits)
+    points = sweep(exits, costs, (by,), (0, 3, 5)).points
+    for row in range(0, len(points), max(1, len(points) // 25)):
+        one = policy_of(points, row, exits.hard_classes)
+        many = levels.policy(levels.params(one))
+        assert (many.gate, many.measures, len(many.thresholds)) == ("per_class", (by,), 10)
+        single, several = replay(exits, costs, one), replay(exits, costs, many)
+        assert several.accuracy == single.accuracy
+        assert several.share == single.share
+        assert several.total_joules == pytest.approx(single.total_joules)
+
+
+def test_a_level_is_the_share_that_stays(table: ExitsTable) -> None:
+    exits = table.exits("validation")
+    space = gates(10, 5, ())
+    params: Params = dict.fromkeys(space.parameters, 0.5) | {"measure": "margin", "num_hard_classes": 0}
+    routed = Replayer(exits, table.costs).route(Levels(exits).policy(params))
+    pred = Replayer(exits, table.costs).route(Policy()).pred
+    for class_id in range(10):
+        own = pred == class_id
+        assert (routed.exit[own] == 0).sum() == pytest.approx(own.sum() / 2, abs=0.5)
+    all_sent = Levels(exits).policy(dict.fromkeys(space.parameters, 0.0) | {"measure": "margin", "num_hard_classes": 0})
+    assert replay(exits, table.costs, all_sent).share["cloud"] == 1
+
+
+def test_sampled_study_is_never_worse_than_where_it_starts(tmp_path: Path, table: ExitsTable, recipe: Recipe) -> None:
+    exits, costs, constraint = table.exits("validation"), table.costs, recipe.operating_point
+    reference = reference_of(exits, costs)
+    exact = exact_front(exits, costs, constraint, reference)
+    first = starts(exits, exact, 6)
+    assert gates(10, 5, first).first == first
+    assert 2 <= len(first) <= 6
+    evaluate = Evaluation(exits, costs, constraint, reference, str(tmp_path), None)
+    found = [evaluate(params) for params in first]
+    default = read_trial(tmp_path / trial_id(first[0]))
+    assert default is not None
+    assert default.operating_point is not None, "the exact search's choice keeps the constraint in this form, too"
+    outcome = replay(exits, costs, exact.chosen)
+    assert (default.front[0].accuracy, default.front[0].joules) == (outcome.accuracy, outcome.total_joules)
+    whole = reference.hypervolume(
+        np.array([p.accuracy for p in exact.front]), np.array([p.joules for p in exact.front])
+    )
+    assert 0 < max(one.hypervolume for one in found) <= whole
+    assert gain([p for t in read_trials(tmp_path) for p in t.front], exact.front).accuracy <= 1e-12
 
 
 def test_damaged_record_is_named(tmp_path: Path) -> None:
@@ -427,11 +494,13 @@ def test_report_says_whether_the_default_is_beaten(
     tmp_path: Path, study: Study, table: ExitsTable, trial: tuple[Trial, list[Measured | None]]
 ) -> None:
     found = trial[0]
-    outcome = replay(table.exits("test"), table.costs, artifact.load(study.trials / found.id / "model").policy)
+    outcome = replay(table.exits("test"), table.costs, Policy(hard_classes=table.hard_classes))
     assert found.operating_point is not None
     stopped = dataclasses.replace(found, id="s", state="stopped", front=(), operating_point=None)
     trials = [found, stopped]
-    assert cheapest(trials) is found
+    assert best_trial(trials, digits().operating_point) is found
+    with pytest.raises(UserError, match=r"no policy of any of the 1 trials keeps max_accuracy_loss_vs_cloud 0.005"):
+        best_trial([stopped], digits().operating_point)
     facts = Facts(study.space, "digits", 0, "optuna", "c", study.reference, found.front, "the default's front")
     report = build(trials, facts, Chosen(found, found.operating_point, outcome, outcome))
     assert report["gain"]["dominates"] is False

@@ -19,10 +19,14 @@ from numpy.typing import NDArray
 
 from meanet.config import Recipe
 from meanet.errors import UserError
+from meanet.fronts import hypervolume
+from meanet.storage import write_text
 
 Value = str | int | float | bool
 Params = dict[str, Value]
 """One value for each parameter of a space."""
+_ROUNDING = 1e-9
+"""Joules this close, as a share, are equal: a sum has been taken in another order."""
 TRIAL = "trial.json"
 """A trial's folder that has it is whole."""
 
@@ -143,12 +147,7 @@ class Reference:
 
     def hypervolume(self, accuracy: NDArray[np.float64], joules: NDArray[np.float64]) -> float:
         """What P points dominate together, as the same share."""
-        order = np.lexsort((-accuracy, joules))
-        best = np.maximum.accumulate(accuracy[order]) if len(order) else accuracy
-        gain = np.maximum(best - self.accuracy, 0.0) / max(1e-12, 1 - self.accuracy)
-        ends = np.minimum(np.append(joules[order][1:], self.joules), self.joules)
-        width = np.maximum(ends - np.minimum(joules[order], self.joules), 0.0) / self.joules
-        return float((gain * width).sum())
+        return hypervolume(accuracy, joules, min(self.accuracy, 1 - 1e-12), self.joules)
 
 
 @dataclass(frozen=True)
@@ -162,9 +161,11 @@ class FrontPoint:
     cloud_share: float
     """0..1."""
     gate: str
-    """Complexity that is compared with the threshold."""
-    threshold: float | None
-    """None = never to the cloud; of a policy with many thresholds, None too."""
+    """What is compared with thresholds."""
+    thresholds: tuple[float | None, ...]
+    """None = never to the cloud; left out of a policy with one a class, whose trial has it."""
+    scaled: bool
+    """Whether logits are divided by fitted temperatures."""
     num_hard_classes: int
     """k in use."""
 
@@ -208,7 +209,7 @@ class Trial:
     hard_classes: tuple[int, ...] = ()
     """All H, hardest first."""
     operating_point: dict[str, Any] | None = None
-    """The cheapest that keeps the recipe's constraint on validation; None where stopped."""
+    """What the recipe's constraint chooses on validation; None where stopped, and where nothing keeps it."""
     phases: dict[str, str] = field(default_factory=dict)
     """Phase -> key in the study's store."""
     trained: tuple[str, ...] = ()
@@ -234,13 +235,22 @@ class Trial:
                 **{
                     **plain,
                     "measured": Measured(**plain["measured"]),
-                    "front": tuple(FrontPoint(**point) for point in plain["front"]),
+                    "front": tuple(_point(point) for point in plain["front"]),
                     "hard_classes": tuple(plain["hard_classes"]),
                     "trained": tuple(plain["trained"]),
                 }
             )
         except (KeyError, TypeError) as error:
             raise UserError(f"a trial's record cannot be read ({error}): remove its folder to run it again") from error
+
+
+def _point(plain: Mapping[str, Any]) -> FrontPoint:
+    return FrontPoint(**{**plain, "thresholds": tuple(plain["thresholds"])})
+
+
+def write_trial(trial: Trial, folder: Path) -> None:
+    """trial.json of a folder."""
+    write_text(json.dumps(trial.to_dict(), indent=1), folder / TRIAL)
 
 
 def read_trial(folder: Path) -> Trial | None:
@@ -331,4 +341,4 @@ def gain(ours: Sequence[FrontPoint], theirs: Sequence[FrontPoint]) -> Gain:
 
 def _within(front: Sequence[FrontPoint], joules: float) -> float | None:
     """The best accuracy that those joules buy."""
-    return max((point.accuracy for point in front if point.joules <= joules), default=None)
+    return max((point.accuracy for point in front if point.joules <= joules * (1 + _ROUNDING)), default=None)

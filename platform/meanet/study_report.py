@@ -15,6 +15,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from meanet import plots
+from meanet.config import OperatingPointConfig
+from meanet.errors import UserError
+from meanet.replay import Outcome
 from meanet.storage import write_text
 from meanet.study import (
     Choice,
@@ -31,7 +34,6 @@ from meanet.study import (
     hypervolumes,
     union_front,
 )
-from meanet.thresholds import Outcome
 
 _PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>MEANet study: $space of $recipe</title>
@@ -50,8 +52,8 @@ th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid #d8de
 <h2>Trials, on validation</h2>
 $table
 <p class="note">Joules are the edge device's, per image. Hypervolume: the share of the rectangle from the default's main
-block alone to right answers for nothing that a front dominates. The chosen trial's operating point is the cheapest of
-all that keeps the recipe's constraint on validation.</p>
+block alone to right answers for nothing that a front dominates. The chosen trial's operating point is the best of all
+that keep the recipe's constraint on validation.</p>
 </body></html>
 """)
 
@@ -83,7 +85,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The trial whose operating point is the cheapest."""
+    """The trial whose operating point is the best."""
 
     trial: Trial
     operating_point: dict[str, Any]
@@ -93,15 +95,27 @@ class Chosen:
     """Of the default's operating point, on the test split."""
 
 
-def cheapest(trials: Sequence[Trial]) -> Trial:
-    """The finished trial whose operating point costs fewest joules on validation; the more accurate of equals."""
+def best_trial(trials: Sequence[Trial], constraint: OperatingPointConfig) -> Trial:
+    """The finished trial whose operating point is the best on validation, by what the constraint leaves to make best.
 
-    def cost(trial: Trial) -> tuple[float, float]:
-        assert trial.operating_point is not None, "a finished trial has one"
+    Raises:
+        UserError: no trial keeps the constraint.
+    """
+
+    def rank(trial: Trial) -> tuple[float, float]:
+        assert trial.operating_point is not None, "others are left out"
         expected = trial.operating_point["expected"]
-        return sum(expected["joules"].values()), -expected["accuracy"]
+        joules, lost = sum(expected["joules"].values()), -expected["accuracy"]
+        return (joules, lost) if constraint.bounds_accuracy else (lost, joules)
 
-    return min((trial for trial in trials if trial.operating_point is not None), key=cost)
+    able = [trial for trial in trials if trial.operating_point is not None]
+    if not able:
+        bounds = ", ".join(f"{name} {bound:g}" for name, bound in constraint.bounds.items())
+        raise UserError(
+            f"no policy of any of the {len(trials)} trials keeps {bounds} with {constraint.confidence:.0%} confidence: "
+            "loosen the bound (--operating-point....); what was trained is kept"
+        )
+    return min(able, key=rank)
 
 
 def build(trials: Sequence[Trial], facts: Facts, chosen: Chosen) -> dict[str, Any]:
@@ -279,7 +293,8 @@ def front_csv(union: Sequence[UnionPoint]) -> str:
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(one.to_dict() for one in union)
+    for one in union:
+        writer.writerow(one.to_dict() | {"thresholds": json.dumps(one.point.thresholds)})
     return buffer.getvalue()
 
 

@@ -28,14 +28,28 @@ from meanet import artifact
 from meanet.config import Gate, Recipe
 from meanet.data import Splits
 from meanet.energy import CostModel, cost_model
+from meanet.errors import UserError
+from meanet.fronts import choose, pareto_front
 from meanet.loop import Epoch, State, Worker
 from meanet.models import macs_of
-from meanet.operating_point import describe, policy_of
+from meanet.operating_point import Swept, describe, policy_of, sweep
 from meanet.phases import PhaseStore, Trained, phase_keys
 from meanet.preprocessing import Preprocessing
-from meanet.routing import Policy, read_main
-from meanet.study import TRIAL, FrontPoint, Measured, Params, Reference, Space, Trial, measure, read_trial, trial_id
-from meanet.thresholds import Exits, Points, choose, pareto_front, replay, sweep
+from meanet.replay import Exits, replay
+from meanet.routing import GATES, Policy, read_main
+from meanet.study import (
+    TRIAL,
+    FrontPoint,
+    Measured,
+    Params,
+    Reference,
+    Space,
+    Trial,
+    measure,
+    read_trial,
+    trial_id,
+    write_trial,
+)
 from meanet.training import MakeFeed, Networks, Trainer, build_networks, preprocessing_of
 
 RUNGS = 4
@@ -43,6 +57,18 @@ RUNGS = 4
 _FEATURES_BYTES = 2**30
 """Features of the main block on validation are kept up to this size, and computed again at every rung above it."""
 Show = Callable[[Measured], None]
+
+
+@dataclass(frozen=True)
+class Policies:
+    """What the exact sweep of a trial's exits compares."""
+
+    gates: tuple[Gate, ...]
+    """Measures of complexity, and `two_gate`."""
+    smallest_split: int = 0
+    """Fewest hard classes in use; the most are the trained H."""
+    scaled: bool = False
+    """Each gate with temperature-scaled logits, too."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +81,8 @@ class Study:
     """The default."""
     space: Space
     """What varies."""
-    gates: tuple[Gate, ...]
-    """Complexities that the exact sweep compares with thresholds."""
+    policies: Policies
+    """What the exact sweep compares."""
     reference: Reference
     """The corner from which fronts are measured."""
     exits: Exits
@@ -160,12 +186,9 @@ class TrialRun:
         model = artifact.from_state(state, self.splits)
         judge = Judge(self.study, self.recipe, self.splits, model.networks, self.keys)
         exits = judge.exits(model.networks.meanet.path, model.hard_classes)
-        points = judge.sweep(exits)
-        front = front_points(pareto_front(points))
-        constraint = self.recipe.operating_point
-        chosen = choose(points, constraint.max_accuracy_loss_vs_cloud, constraint.confidence)
-        policy = policy_of(chosen, 0, model.hard_classes)
-        point = describe(policy, replay(exits, judge.costs, policy), constraint, self.study.run)
+        swept = judge.sweep(exits)
+        front = front_points(swept)
+        point = self._operating_point(swept, exits, judge.costs)
         trial = Trial(
             id=self.id,
             params=self.params,
@@ -179,8 +202,18 @@ class TrialRun:
             seconds=time.time() - self._started,
             ended=time.time(),
         )
-        self._write(trial, model.with_operating_point(point))
+        self._write(trial, model if point is None else model.with_operating_point(point))
         return trial
+
+    def _operating_point(self, swept: Swept, exits: Exits, costs: CostModel) -> dict[str, Any] | None:
+        """What the recipe's constraint chooses; None where it cannot be kept."""
+        constraint = self.recipe.operating_point
+        try:
+            chosen = choose(swept.points, constraint)
+        except UserError:
+            return None
+        policy = policy_of(chosen, 0, exits.hard_classes, swept.temperatures)
+        return describe(policy, replay(exits, costs, policy), constraint, self.study.run)
 
     def _finished_state(self) -> State:
         kept = {phase: self.study.store.load(phase, key) for phase, key in self.keys.items()}
@@ -203,12 +236,6 @@ class TrialRun:
     def rung(self, number: int, epoch: int, measured: Measured) -> None:
         """Say how a trial stands."""
         self._say({"event": "rung", "rung": number, "epoch": epoch, **asdict(measured)})
-
-
-def write_trial(trial: Trial, folder: Path) -> None:
-    """trial.json of a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / TRIAL).write_text(json.dumps(trial.to_dict(), indent=1), encoding="utf-8")
 
 
 def _replace(part: Path, folder: Path) -> None:
@@ -253,21 +280,23 @@ class Rung:
             self._show(None)
             return
         exits = self.judge.exits(self.judge.networks.meanet.path, tuple(state.hard_classes))
-        front = front_points(pareto_front(self.judge.sweep(exits)))
+        front = front_points(self.judge.sweep(exits))
         measured = measure(front, self._run.study.reference)
         self._run.rung(self._at.index(row.epoch) + 1, row.epoch, measured)
         self._show(measured)
 
 
-def front_points(front: Points) -> list[FrontPoint]:
-    """A front as plain records, cheapest first."""
+def front_points(swept: Swept) -> list[FrontPoint]:
+    """The front of what was compared, as plain records, cheapest first."""
+    front = pareto_front(swept.points)
     return [
         FrontPoint(
             accuracy=float(front.accuracy[row]),
             joules=float(front.joules[row]),
             cloud_share=float(front.cloud_share[row]),
-            gate=str(front.gate[row]),
-            threshold=None if np.isinf(front.threshold[row]) else float(front.threshold[row]),
+            gate=GATES[front.gate[row]],
+            thresholds=policy_of(front, row, ()).thresholds,
+            scaled=bool(front.scaled[row]),
             num_hard_classes=int(front.num_hard_classes[row]),
         )
         for row in range(len(front))
@@ -285,9 +314,17 @@ class Judge:
         self._folder = study.store.folder("main", keys["main"])
         self._answers()
 
-    def sweep(self, exits: Exits) -> Points:
-        """Every policy of the study's gates."""
-        return sweep(exits, self.costs, self.study.gates)
+    def sweep(self, exits: Exits) -> Swept:
+        """Every policy of the study's."""
+        policies, trained = self.study.policies, len(exits.hard_classes)
+        return sweep(
+            exits,
+            self.costs,
+            policies.gates,
+            range(min(policies.smallest_split, trained), trained + 1),
+            scaled=policies.scaled,
+            confidence=self.study.recipe.operating_point.confidence,
+        )
 
     @torch.inference_mode()
     def exits(self, path: nn.Module, hard_classes: tuple[int, ...]) -> Exits:
