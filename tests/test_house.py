@@ -146,6 +146,7 @@ IMPORT_ALL = """
 import importlib, json, os, sys
 for name in (
     "torch", "torch.utils.flop_counter", "ray", "ray.train", "ray.train.torch", "ray.serve", "ray.serve.config",
+    "ray.tune", "ray.tune.integration.ray_train", "ray.tune.schedulers", "ray.tune.search.optuna", "optuna",
     "ray.serve.schema", "mlflow", "mlflow.pyfunc", "mlflow.models", "mlflow.types", "sqlalchemy.exc", "fastapi",
     "starlette.formparsers", "multipart", "pyarrow.parquet", "pyarrow.fs", "pyarrow.compute", "matplotlib.figure",
     "PIL.Image", "safetensors.torch", "tyro", "httpx", "pandas", "pydantic",

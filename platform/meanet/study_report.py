@@ -149,7 +149,8 @@ def build(trials: Sequence[Trial], facts: Facts, chosen: Chosen) -> dict[str, An
         "seconds": dict(facts.seconds),
         "files": dict(facts.files),
     }
-    return {**report, "summary": summary(report, over)}
+    plain: dict[str, Any] = json.loads(json.dumps({**report, "summary": summary(report, over)}))
+    return plain
 
 
 def summary(report: Mapping[str, Any], over: Gain) -> str:
