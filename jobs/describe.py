@@ -76,31 +76,33 @@ def _seconds(costs: CostModel, image_bytes: int) -> dict[str, float]:
 
 
 def _show(found: dict[str, Any]) -> None:
-    batch = found["batch_size"]
     print(f"{found['recipe']}: images {tuple(found['image_shape'])}, {found['num_classes']} classes, ", end="")
     print(f"{found['num_hard_classes']} of them hard, {found['precision']}\n")
-    print(
-        f"{'block':<12}{'MACs':>12}{'parameters':>12}{'moved':>15}{'activations':>16}{f'training, batch {batch}':>22}"
-    )
+    training = f"training, batch {found['batch_size']}"
+    print(f"{'block':<12}{'MACs':>12}{'parameters':>12}{'moved':>15}{'activations':>16}{training:>22}")
     blocks = {name: BlockCost(**block) for name, block in found["blocks"].items()}
     for name, block in blocks.items():
+        moved, kept = block.moved_bytes / 2**10, block.activation_bytes / 2**10
         print(
             f"{name:<12}{block.macs / 1e6:>10.2f} M{block.params / 1e6:>10.4f} M"
-            f"{block.moved_bytes / 2**10:>9.0f} KiB/im{block.activation_bytes / 2**10:>10.0f} KiB/im{block.training_bytes / 2**20:>18.1f} MiB"
+            f"{moved:>9.0f} KiB/im{kept:>10.0f} KiB/im{block.training_bytes / 2**20:>18.1f} MiB"
         )
     print(f"\n{'exit':<12}{'compute':>14}{'upload':>14}{'sum':>14}{'ms':>12}   µJ an image, {found['joules_source']}")
     for name, joules in found["exits"].items():
         compute, upload = (1e6 * joules[key] for key in ("edge_compute", "upload"))
         milliseconds = 1e3 * found["seconds"][name]
         print(f"{name:<12}{compute:>14.2f}{upload:>14.2f}{compute + upload:>14.2f}{milliseconds:>12.3f}")
+    _show_sources(found)
+
+
+def _show_sources(found: dict[str, Any]) -> None:
     tail = found["tail"]
-    print(
-        f"\ntime: {found['seconds_source']}; the radio's tail: {tail['counted']}, {1e6 * tail['joules']:.2f} µJ an upload"
-    )
+    print(f"\ntime: {found['seconds_source']}", end="; ")
+    print(f"the radio's tail: {tail['counted']}, {1e6 * tail['joules']:.2f} µJ an upload")
+    print(f"an upload is {found['image_bytes']} bytes; another size: --image-bytes")
     for what in ("device", "link"):
         for source in dict.fromkeys(found["sources"][what].values()):
             print(f"{what}: {source}")
-    print(f"an upload is {found['image_bytes']} bytes; another size: --image-bytes")
 
 
 @exit_on_user_error

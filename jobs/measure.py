@@ -88,7 +88,8 @@ def blocks_of(model: TrainedModel, batch_size: int, device: Device) -> dict[str,
 
 @torch.inference_mode()
 def _time(call: Callable[[], Any], flags: Flags, device: Device, meter: Meter | None, modelled: Energy) -> _Timed:
-    timed, calls = _Timed(), []
+    timed = _Timed()
+    calls: list[float] = []
 
     def once() -> float:
         started = time.perf_counter()
@@ -139,6 +140,7 @@ def measure(model: TrainedModel, flags: Flags) -> dict[str, Any]:
         "threads": flags.threads,
         "images": {name: each.images for name, each in timed.items()},
         "seconds": {name: each.each for name, each in timed.items()},
+        "wall_seconds": {name: each.total for name, each in timed.items()},
         "joules": {name: energy.joules for name, energy in energies.items()},
         "joules_edge": Energy.total(energies.values()).joules,
         "joules_source": next(iter(energies.values())).source,
