@@ -59,7 +59,8 @@ def main() -> None:
             "that recipe with --output, or train it"
         )
     named = recipe(flags.recipe.name)
-    energy = model.recipe.energy if flags.recipe.energy == named.energy else flags.recipe.energy
+    asked, usual = vars(flags.recipe.energy), vars(named.energy)
+    energy = replace(model.recipe.energy, **{key: asked[key] for key in asked if asked[key] != usual[key]})
     model = replace(model, recipe=replace(model.recipe, energy=energy))  # no part of training
     if replace(flags.recipe, energy=energy) not in (model.recipe, replace(named, energy=energy)):
         raise UserError(

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from test_thresholds import COSTS, exits
 from torch import nn
 
@@ -252,3 +255,23 @@ def test_stored_text_of_profiles_is_checked_like_a_file() -> None:
     assert isinstance(chip, PerMacDevice)
     assert chip.macs_per_second == 1e9
     assert chip.sources == {"joules_per_mac": "a guess", "macs_per_second": "a guess"}
+
+
+def test_the_docs_example_and_table_are_true() -> None:
+    text = (ROOT / "docs" / "energy.md").read_text()
+    example = re.search(r"(    sources:\n(?:    .*\n)+)", text)
+    assert example is not None
+    own = available(textwrap.dedent(example[1]))
+    costs = own.device("my_board").joules(MACS, None)
+    assert costs.main == pytest.approx(3.5 * 0.0021)
+    assert own.link("satellite").rtt_seconds == 0.6
+    rows = re.findall(
+        r"^\| `(\w+)`(?: \(default\))? \| ([\d.]+)[^|]*\|[^|]*\|[^|]*\| ([\d.]+) \| ([^|]+)\|", text, re.MULTILINE
+    )
+    assert [name for name, *_ in rows] == list(built_in().links)
+    for name, mbps, microjoules, isolated in rows:
+        link = built_in().link(name)
+        assert link.upload_mbps == float(mbps)
+        assert 1e9 * link.joules_per_byte == pytest.approx(float(microjoules), abs=0.06)
+        known = None if isolated.strip() == "not known" else float(isolated)
+        assert link.isolated_joules == known

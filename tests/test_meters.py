@@ -269,3 +269,9 @@ def test_describe_shows_tail_memory_and_sources(call: Call) -> None:
     shown = call(describe, *words).out
     assert "isolated, 12760000.00 µJ an upload" in shown
     assert "Han et al." in shown
+
+
+def test_help_of_measure(call: Call) -> None:
+    done = call(measure, "--help")
+    assert done.code == 0
+    assert all(flag in done.out for flag in ("--json", "--watts", "--write-profile", "--seconds"))

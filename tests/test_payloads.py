@@ -109,6 +109,7 @@ def test_evaluate_takes_another_payload_without_training_again(call: Call, run_f
     assert done.code == 0, done.err
     table = ExitsTable.read(run_folder / "exits.parquet")
     assert table.payloads == ("png", "raw", "jpeg50")
+    assert table.recipe.energy == EnergyConfig(payload="jpeg50", link="lte")
     assert table.costs.tag == "modelled:horowitz_45nm+lte"
     other = call(evaluate, "digits", "--output", str(run_folder), "--energy.payload", "jpeg50", "--main.epochs", "1")
     assert (other.code, "drop the flags (those of --energy may stay)" in other.err) == (1, True)
