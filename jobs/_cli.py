@@ -1,5 +1,6 @@
 """What every command shares: a recipe as the first word, typed flags over its config, the environment read once."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import tyro
 
 from meanet.config import Recipe
 from meanet.errors import UserError
+from meanet.profiles import embed
 from meanet.recipes import RECIPES, recipe
 from meanet.tracking import store_uri
 
@@ -57,7 +59,7 @@ def parse_recipe(command: str, flags: type[Flags], arguments: Sequence[str] | No
     """Flags of `command RECIPE`: `flags` has a field `recipe` whose defaults are the named recipe's.
 
     Raises:
-        UserError: no recipe, or an unknown one.
+        UserError: no recipe, or an unknown one; a file of profiles that cannot be read.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     known = ", ".join(sorted(RECIPES))
@@ -77,7 +79,9 @@ def parse_recipe(command: str, flags: type[Flags], arguments: Sequence[str] | No
     chosen: Any = parsed
     if chosen.recipe.name != words[0]:
         raise UserError(f"--name is {chosen.recipe.name!r}: a recipe's name is its own, {words[0]!r}; drop the flag")
-    return parsed
+    energy = embed(chosen.recipe.energy)
+    whole: Flags = dataclasses.replace(chosen, recipe=dataclasses.replace(chosen.recipe, energy=energy))
+    return whole
 
 
 def commit() -> str:

@@ -14,6 +14,7 @@ from meanet.energy import Macs
 from meanet.errors import UserError, exit_on_user_error
 from meanet.evaluation import ExitsTable
 from meanet.operating_point import Search, search
+from meanet.profiles import embed
 from meanet.storage import write_text
 from tune_spaces.policies import SPACES
 
@@ -88,7 +89,7 @@ def read_table(flags: Flags) -> ExitsTable:
             raise UserError(f"--macs {flags.macs}: none may be negative")
         description["macs"] = asdict(Macs(*flags.macs))
     table = ExitsTable.read(flags.exits, description)
-    table.energy = dataclasses.replace(table.energy, **_given(flags, _ENERGY))
+    table.energy = embed(dataclasses.replace(table.energy, **_given(flags, _ENERGY)))
     return table
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from meanet.bootstrap import intervals
 from meanet.calibration import fit_temperatures
-from meanet.config import Gate, OperatingPointConfig
+from meanet.config import EnergyConfig, Gate, OperatingPointConfig
 from meanet.energy import CostModel
 from meanet.errors import UserError
 from meanet.evaluation import ExitsTable
@@ -183,7 +183,7 @@ def search(
     pareto = pareto_set(points)
     seconds = time.perf_counter() - started
     policy = policy_of(chosen, 0, table.hard_classes, swept.temperatures)
-    described = describe(policy, replay(validation, costs, policy), constraint, run)
+    described = describe(policy, replay(validation, costs, policy), constraint, table.energy, run)
     return Search(swept.compared, seconds, Points.join(fronts), pareto, swept.temperatures, described)
 
 
@@ -217,8 +217,11 @@ def policy_of(
     )
 
 
-def describe(policy: Policy, expected: Outcome, constraint: OperatingPointConfig, run: str | None) -> dict[str, Any]:
-    """The operating point's JSON: the policy, and what it is expected to do by the split that it was chosen on."""
+def describe(
+    policy: Policy, expected: Outcome, constraint: OperatingPointConfig, energy: EnergyConfig, run: str | None
+) -> dict[str, Any]:
+    """The operating point's JSON: the policy, what it is expected to do by the split that it was chosen on, and the
+    profiles that it was chosen under, by which the server counts joules, too."""
     return {
         "id": policy_id(policy),
         **policy.to_dict(),
@@ -236,6 +239,7 @@ def describe(policy: Policy, expected: Outcome, constraint: OperatingPointConfig
             "confidence": constraint.confidence,
             "objective": "min joules" if constraint.bounds_accuracy else "max accuracy",
         },
+        "energy": asdict(energy),
         "run": run,
     }
 
