@@ -99,7 +99,7 @@ def by_loop(exits: Exits, costs: CostModel, threshold: float, size: int) -> tupl
 
 
 def mismatches(exits: Exits, costs: CostModel, count: int, seed: int = 1) -> int:
-    """How many of `count` random points of the sweep differ from the loop in right answers, or beyond 1e-9 in joules."""
+    """How many of `count` random points of the sweep differ from the loop in right answers or (beyond 1e-9) joules."""
     generator, recorded = np.random.default_rng(seed), Recorded(exits, costs)
     sizes = range(1, len(exits.hard_classes) + 1)
     wanted = np.bincount(generator.integers(0, len(sizes), count), minlength=len(sizes))
@@ -121,9 +121,9 @@ def exact(flags: Flags) -> list[str]:
     wrong = mismatches(exits, COSTS, 1000)
     lines = [
         f"10,000 samples x every threshold x 100 split sizes = {compared:,} points, gate main entropy: "
-        f"**{median(times):.1f} ms of CPU** (median of {len(times)}, {min(times):.1f} to {max(times):.1f}), from logits "
-        f"in memory to the accuracy-joules front of {len(front)} points. Of 1,000 random points recomputed one by one, "
-        f"**{wrong} differ**.",
+        f"**{median(times):.1f} ms of CPU** (median of {len(times)}, {min(times):.1f} to {max(times):.1f}), from "
+        f"logits in memory to the accuracy-joules front of {len(front)} points. Of 1,000 random points recomputed one "
+        f"by one, **{wrong} differ**.",
         "",
         "| samples | points | CPU ms (median) | lowest | highest |",
         "|---|---|---|---|---|",
@@ -158,7 +158,7 @@ class Sampled:
 
     def suggest(self, trial: optuna.trial.BaseTrial) -> tuple[float, float]:
         """One trial's accuracy and joules."""
-        measure = trial.suggest_categorical("measure", MEASURES)
+        measure: Any = trial.suggest_categorical("measure", MEASURES)
         size = trial.suggest_int("split_size", 0, len(self.exits.hard_classes))
         score = self._scores[measure]
         stays = trial.suggest_float("stays", 0.0, 1.0)
@@ -223,16 +223,8 @@ def versus(table: ExitsTable, flags: Flags) -> list[str]:
                 started = time.process_time()
                 sampled = trials(validation, costs, sampler, count, seed)
                 cpu = time.process_time() - started
-                accuracy, joules = (np.array(column) for column in list(zip(*sampled.rows, strict=True))[:2])
-                below = lost(levels, accuracy, joules, ours)
-                best = [np.lexsort((joules, -np.where(joules <= level, accuracy, -1.0)))[0] for level in levels]
-                chosen = {row: on_test.replay(sampled.rows[row][2]).accuracy for row in set(best)}
-                reached = np.array(
-                    [chosen[row] if joules[row] <= level else 0.0 for row, level in zip(best, levels, strict=True)]
-                )
-                rows.append(
-                    (cpu, 100 * below[1:].mean(), 100 * below[1:].max(), 100 * (ours_test - reached)[1:].mean())
-                )
+                below, below_test = lost(sampled, levels, ours, ours_test, on_test)
+                rows.append((cpu, 100 * below.mean(), 100 * below.max(), 100 * below_test.mean()))
             columns = np.array(rows).T
             cells = [f"{column.mean():.2f} ({column.max():.2f})" for column in columns[1:]]
             lines.append(f"| {sampler} | {count} | {columns[0].mean():.1f} | {' | '.join(cells)} |")
@@ -248,8 +240,9 @@ def over_links(table: ExitsTable, flags: Flags) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     bound = replace(table.operating_point, max_accuracy_loss_vs_cloud=0.02)
+    own = table.energy
     for link in LINKS:
-        table.energy = replace(table.energy, link=link)
+        table.energy = replace(own, link=link)
         found = search(table, bound, (*MEASURES, "two_gate"), scaled=True)
         test, costs = table.exits("test"), table.costs
         on_test = Replayer(test, costs)
