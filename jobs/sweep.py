@@ -113,12 +113,10 @@ def _show(result: dict[str, Any]) -> None:
     )
     kinds = dict.fromkeys((row["gate"], row["scaled"]) for row in result["front"])
     for kind in kinds:
-        rows = [row for row in result["front"] if (row["gate"], row["scaled"]) == kind]
-        step = max(1.0, (len(rows) - 1) / (_SHOWN - 1))
-        for place in sorted({round(number * step) for number in range(min(len(rows), _SHOWN))}):
-            _show_row(rows[place])
-        if len(rows) > _SHOWN:
-            print(f"  ({_SHOWN} of {len(rows)} points; --json has them all)")
+        for row in result["front"]:
+            if (row["gate"], row["scaled"]) == kind:
+                _show_row(row)
+    print(f"({len(result['front'])} of the fronts' {result['front_size']} points; --json has them all)")
 
 
 def _show_row(row: dict[str, Any]) -> None:
@@ -142,7 +140,7 @@ def main() -> None:
     output = flags.output or (None if "://" in flags.exits else Path(flags.exits).with_name("operating_point.json"))
     if output:
         write_text(json.dumps(found.chosen, indent=2), output)
-    result = found.to_dict(table)
+    result = found.to_dict(table, None if flags.json else _SHOWN)
     if flags.json:
         print(json.dumps(result))
         return
