@@ -1,5 +1,6 @@
 """What every command shares: a recipe as the first word, typed flags over its config, the environment read once."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import tyro
 
 from meanet.config import Recipe
 from meanet.errors import UserError
+from meanet.profiles import embed
 from meanet.recipes import RECIPES, recipe
 from meanet.tracking import store_uri
 
@@ -69,7 +71,7 @@ def parse_recipe(
         before: words that stand before the recipe: field of `flags` -> what it may be.
 
     Raises:
-        UserError: one of the first words is missing or unknown.
+        UserError: one of the first words is missing or unknown; a file of profiles that cannot be read.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     asked = {**(before or {}), "recipe": RECIPES}
@@ -94,7 +96,9 @@ def parse_recipe(
     own = first["recipe"].name
     if chosen.recipe.name != own:
         raise UserError(f"--name is {chosen.recipe.name!r}: a recipe's name is its own, {own!r}; drop the flag")
-    return parsed
+    energy = embed(chosen.recipe.energy)
+    whole: Flags = dataclasses.replace(chosen, recipe=dataclasses.replace(chosen.recipe, energy=energy))
+    return whole
 
 
 def _first_word(words: Sequence[str], name: str, known: Collection[str]) -> str:

@@ -37,12 +37,8 @@ class GatesStudy(StudyJob):
             return
         if self.flags.base is not None:
             raise UserError("--exits and --base: a table's policies are searched as they are; drop one of the two")
-        self.table = self._with_energy(ExitsTable.read(self.flags.exits))
-
-    def _with_energy(self, table: ExitsTable) -> ExitsTable:
-        """Joules by the flags' profiles."""
-        table.energy = self.recipe.energy
-        return table
+        self.table = ExitsTable.read(self.flags.exits)
+        self.table.energy = self.recipe.energy
 
     def data_digest(self) -> str:
         """Of the images, or of the table."""
@@ -59,7 +55,7 @@ class GatesStudy(StudyJob):
         """The table, and the model beside it if it is there."""
         if self.splits is not None:
             model, table = self.trained_default(self.splits)
-            return model, self._with_energy(table)
+            return model, table
         assert self.table is not None, "one of the two is there"
         assert self.flags.exits is not None, "it names the table"
         beside = Path(self.flags.exits).parent / "model"
@@ -90,6 +86,7 @@ class GatesStudy(StudyJob):
         evaluation = Evaluation(
             study.exits,
             self._costs,
+            self.recipe.energy,
             self.recipe.operating_point,
             study.reference,
             str(study.trials),

@@ -242,7 +242,9 @@ class StudyJob(ABC):
     def trained_default(self, splits: Splits) -> tuple[TrainedModel, ExitsTable]:
         """The run's folder that `--base` gives, or the default trained as `jobs.train` and `jobs.evaluate` do."""
         self.tracker.log_dataset(self.mlflow_run, splits.table)
-        return self._given(self.flags.base, splits) if self.flags.base else self._train_default(splits)
+        model, table = self._given(self.flags.base, splits) if self.flags.base else self._train_default(splits)
+        table.energy = self.recipe.energy  # a given run may have been evaluated under other profiles
+        return model, table
 
     def _given(self, base: Path, splits: Splits) -> tuple[TrainedModel, ExitsTable]:
         model = artifact.load(base / "model")

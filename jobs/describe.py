@@ -6,7 +6,7 @@ from typing import Any
 
 from jobs import _cli
 from meanet.config import Recipe
-from meanet.energy import CostModel, Macs, cost_model
+from meanet.energy import BytesMoved, CostModel, Macs, cost_model, tail_joules
 from meanet.errors import UserError, exit_on_user_error
 from meanet.models.costs import BlockCost, block_costs
 from meanet.recipes import nominal
@@ -15,7 +15,7 @@ from meanet.training import build_networks
 
 @dataclass(frozen=True)
 class Flags:
-    """MACs, parameters and training memory by block, and joules by exit."""
+    """MACs, parameters, bytes moved and training memory by block, and joules and seconds by exit."""
 
     recipe: _cli.RecipeFlags
     """The recipe's own fields."""
@@ -37,7 +37,8 @@ def describe(recipe: Recipe, image_shape: tuple[int, int, int], num_classes: int
     """
     networks = build_networks(recipe, image_shape, num_classes)
     blocks = block_costs(networks.meanet, networks.cloud, image_shape, recipe.precision, recipe.main.batch_size)
-    costs = cost_model(recipe.energy, Macs(**{name: block.macs for name, block in blocks.items()}))
+    moved = BytesMoved(**{name: blocks[name].moved_bytes for name in ("main", "adaptive", "extension")})
+    costs = cost_model(recipe.energy, Macs(**{name: block.macs for name, block in blocks.items()}), moved)
     return {
         "recipe": recipe.name,
         "image_shape": image_shape,
@@ -49,6 +50,10 @@ def describe(recipe: Recipe, image_shape: tuple[int, int, int], num_classes: int
         "blocks": {name: asdict(block) for name, block in blocks.items()},
         "exits": _exits(costs, image_bytes),
         "joules_source": costs.tag,
+        "tail": {"counted": costs.tail, "joules": tail_joules(costs.link, costs.tail, costs.uploads_per_second)},
+        "seconds": _seconds(costs, image_bytes),
+        "seconds_source": costs.latency_source,
+        "sources": {"device": dict(costs.device.sources), "link": dict(costs.link.sources)},
     }
 
 
@@ -64,22 +69,40 @@ def _exits(costs: CostModel, image_bytes: int) -> dict[str, dict[str, float]]:
     }
 
 
+def _seconds(costs: CostModel, image_bytes: int) -> dict[str, float]:
+    """From the image to the answer, by exit, with no queue anywhere."""
+    main, cloud = costs.main_seconds, float(costs.cloud_seconds(image_bytes))
+    return {"main": main, "extension": main + costs.extension_seconds, "cloud": main + cloud, "cloud_only": cloud}
+
+
 def _show(found: dict[str, Any]) -> None:
-    batch = found["batch_size"]
     print(f"{found['recipe']}: images {tuple(found['image_shape'])}, {found['num_classes']} classes, ", end="")
     print(f"{found['num_hard_classes']} of them hard, {found['precision']}\n")
-    print(f"{'block':<12}{'MACs':>12}{'parameters':>12}{'activations':>16}{f'training, batch {batch}':>22}")
+    training = f"training, batch {found['batch_size']}"
+    print(f"{'block':<12}{'MACs':>12}{'parameters':>12}{'moved':>15}{'activations':>16}{training:>22}")
     blocks = {name: BlockCost(**block) for name, block in found["blocks"].items()}
     for name, block in blocks.items():
+        moved, kept = block.moved_bytes / 2**10, block.activation_bytes / 2**10
         print(
             f"{name:<12}{block.macs / 1e6:>10.2f} M{block.params / 1e6:>10.4f} M"
-            f"{block.activation_bytes / 2**10:>10.0f} KiB/im{block.training_bytes / 2**20:>18.1f} MiB"
+            f"{moved:>9.0f} KiB/im{kept:>10.0f} KiB/im{block.training_bytes / 2**20:>18.1f} MiB"
         )
-    print(f"\n{'exit':<12}{'compute':>14}{'upload':>14}{'sum':>14}   µJ an image, {found['joules_source']}")
+    print(f"\n{'exit':<12}{'compute':>14}{'upload':>14}{'sum':>14}{'ms':>12}   µJ an image, {found['joules_source']}")
     for name, joules in found["exits"].items():
         compute, upload = (1e6 * joules[key] for key in ("edge_compute", "upload"))
-        print(f"{name:<12}{compute:>14.2f}{upload:>14.2f}{compute + upload:>14.2f}")
-    print(f"\nan upload is {found['image_bytes']} bytes; another size: --image-bytes")
+        milliseconds = 1e3 * found["seconds"][name]
+        print(f"{name:<12}{compute:>14.2f}{upload:>14.2f}{compute + upload:>14.2f}{milliseconds:>12.3f}")
+    _show_sources(found)
+
+
+def _show_sources(found: dict[str, Any]) -> None:
+    tail = found["tail"]
+    print(f"\ntime: {found['seconds_source']}", end="; ")
+    print(f"the radio's tail: {tail['counted']}, {1e6 * tail['joules']:.2f} µJ an upload")
+    print(f"an upload is {found['image_bytes']} bytes; another size: --image-bytes")
+    for what in ("device", "link"):
+        for source in dict.fromkeys(found["sources"][what].values()):
+            print(f"{what}: {source}")
 
 
 @exit_on_user_error

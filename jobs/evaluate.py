@@ -1,7 +1,7 @@
 """Run every network of a trained model once: `python -m jobs.evaluate digits` writes the exits table."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jobs import _cli
@@ -21,7 +21,7 @@ class Flags:
     """Evaluate the model in the run's folder on validation and test."""
 
     recipe: _cli.RecipeFlags
-    """Names the recipe; the model's own stored config is what is evaluated."""
+    """Names the recipe; the model's own stored config is what is evaluated, but for `--energy` if given."""
     output: Path | None = None
     """The run's folder; outputs/RECIPE if not given."""
     json: bool = False
@@ -58,10 +58,14 @@ def main() -> None:
             f"{run.model} holds a model of recipe {model.recipe.name!r}, not {flags.recipe.name!r}: give the folder of "
             "that recipe with --output, or train it"
         )
-    if flags.recipe not in (model.recipe, recipe(flags.recipe.name)):
+    named = recipe(flags.recipe.name)
+    asked, usual = vars(flags.recipe.energy), vars(named.energy)
+    energy = replace(model.recipe.energy, **{key: asked[key] for key in asked if asked[key] != usual[key]})
+    model = replace(model, recipe=replace(model.recipe, energy=energy))  # no part of training
+    if replace(flags.recipe, energy=energy) not in (model.recipe, replace(named, energy=energy)):
         raise UserError(
             f"the flags ask for another recipe than {run.root} was trained by: evaluation runs the trained "
-            "model as it is; drop the flags, or train with them"
+            "model as it is; drop the flags (those of --energy may stay), or train with them"
         )
     with run.stage("evaluate"):
         table = evaluate(run, model)

@@ -14,6 +14,7 @@ from meanet.energy import Macs
 from meanet.errors import UserError, exit_on_user_error
 from meanet.evaluation import ExitsTable
 from meanet.operating_point import Search, search
+from meanet.profiles import embed
 from meanet.storage import write_text
 from tune_spaces.policies import SPACES
 
@@ -88,7 +89,7 @@ def read_table(flags: Flags) -> ExitsTable:
             raise UserError(f"--macs {flags.macs}: none may be negative")
         description["macs"] = asdict(Macs(*flags.macs))
     table = ExitsTable.read(flags.exits, description)
-    table.energy = dataclasses.replace(table.energy, **_given(flags, _ENERGY))
+    table.energy = embed(dataclasses.replace(table.energy, **_given(flags, _ENERGY)))
     return table
 
 
@@ -112,12 +113,10 @@ def _show(result: dict[str, Any]) -> None:
     )
     kinds = dict.fromkeys((row["gate"], row["scaled"]) for row in result["front"])
     for kind in kinds:
-        rows = [row for row in result["front"] if (row["gate"], row["scaled"]) == kind]
-        step = max(1.0, (len(rows) - 1) / (_SHOWN - 1))
-        for place in sorted({round(number * step) for number in range(min(len(rows), _SHOWN))}):
-            _show_row(rows[place])
-        if len(rows) > _SHOWN:
-            print(f"  ({_SHOWN} of {len(rows)} points; --json has them all)")
+        for row in result["front"]:
+            if (row["gate"], row["scaled"]) == kind:
+                _show_row(row)
+    print(f"({len(result['front'])} of the fronts' {result['front_size']} points; --json has them all)")
 
 
 def _show_row(row: dict[str, Any]) -> None:
@@ -141,7 +140,7 @@ def main() -> None:
     output = flags.output or (None if "://" in flags.exits else Path(flags.exits).with_name("operating_point.json"))
     if output:
         write_text(json.dumps(found.chosen, indent=2), output)
-    result = found.to_dict(table)
+    result = found.to_dict(table, None if flags.json else _SHOWN)
     if flags.json:
         print(json.dumps(result))
         return

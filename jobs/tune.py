@@ -106,7 +106,8 @@ def main() -> None:
     plan = flags.plan
     make = GatesStudy if flags.space == "gates" else TrainedStudy
     study = make(flags, Tracker(environment.tracking_uri))
-    with cluster.ray_cluster(environment.ray_address, object_store_bytes(study.splits) if study.splits else 0):
+    store = object_store_bytes(study.splits) if study.splits else cluster.OBJECT_STORE_BYTES
+    with cluster.ray_cluster(environment.ray_address, store):
         if study.splits:
             check_cluster(study.splits, flags.workers, None)
         tuning.concurrent_trials(plan)

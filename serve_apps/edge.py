@@ -11,6 +11,7 @@ import numpy as np
 from meanet.artifact import TrainedModel
 from meanet.errors import UserError
 from meanet.operating_point import policy_id
+from meanet.preprocessing import transmit
 from meanet.routing import Bools, Exit, Policy, Reading
 from meanet.runtime import Answers, EdgeRuntime, Images, Pending
 from serve_apps.batching import Batcher
@@ -62,7 +63,7 @@ class EdgeService:
         self.model, self.version = model, version
         self.policy = model.policy
         self._ask, self._timeout_s = ask_cloud, cloud_timeout_s
-        self._costs = model.costs
+        self._costs, self._payload = model.costs, model.energy.payload
         self._runtime = EdgeRuntime(model)
         self._batcher: Batcher[Task] = Batcher(self._run, MAX_MICRO_BATCH)
         self._waiting: set[asyncio.Task[None]] = set()
@@ -117,7 +118,7 @@ class EdgeService:
         rows = group.pending.rows
         started, reason = time.perf_counter(), None
         try:
-            call = self._ask(group.images[rows])
+            call = self._ask(await asyncio.to_thread(self._sent, group))
             reading = _checked(await asyncio.wait_for(call, self._timeout_s), len(rows), len(self.model.class_names))
             group.answers.accept(rows, Exit.CLOUD, reading)
         except Exception as error:  # a lost cloud raises many kinds; none may cost the client its answer
@@ -126,6 +127,19 @@ class EdgeService:
         waited = np.zeros(len(group.tasks), dtype=bool)
         waited[rows] = True
         self._resolve(group, waited, cloud_ms=1000 * (time.perf_counter() - started), reason=reason)
+
+    def _sent(self, group: "_Group") -> Images:
+        """(N, H, W, C) what arrives of the waiting images, and how many bytes that takes.
+
+        The original bytes go up as they were received, unless the payload is JPEG at a quality, or raw.
+        """
+        rows = group.pending.rows
+        if self._payload == "png":
+            return group.images[rows]
+        arrived, sizes = transmit(group.images[rows], self._payload)
+        for row, size in zip(rows, sizes, strict=True):
+            group.tasks[row].num_bytes = int(size)
+        return arrived
 
     def _resolve(self, group: "_Group", which: Bools, cloud_ms: float, reason: str | None) -> None:
         for row in np.flatnonzero(which).tolist():

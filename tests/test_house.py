@@ -25,10 +25,12 @@ HOMES = {
     "mlflow": {"meanet.tracking"},
     "boto3": {"meanet.storage"},
     "pyarrow.fs": {"meanet.storage"},
+    "pynvml": {"meanet.meters"},
+    "yaml": {"meanet.profiles"},
 }
 """Inside meanet, who may import what."""
 HEAVY = {"torch", "torchvision", "ray", "mlflow", "boto3"}
-BOTTOM = ("errors", "config", "routing", "energy", "thresholds", "policies", "class_split")
+BOTTOM = ("errors", "config", "routing", "profiles", "energy", "meters", "thresholds", "policies", "class_split")
 WITHOUT_RAY = ("meanet.training", "meanet.evaluation", "meanet.runtime", "meanet.artifact", "meanet.trial")
 WITHOUT_RAY += ("meanet.study", "meanet.study_report", "tune_spaces.joint")
 
@@ -219,6 +221,13 @@ PLANTED = [
     ("homes", "platform/meanet/report.py", "import mlflow\n", "meanet.report imports mlflow"),
     ("homes", "platform/meanet/evaluation.py", "from pyarrow import fs\n", "meanet.evaluation imports pyarrow.fs"),
     ("homes", "platform/meanet/energy.py", "import torch\n", "meanet.energy leads to torch"),
+    (
+        "homes",
+        "platform/meanet/energy.py",
+        "import yaml\n",
+        "meanet.energy imports yaml, whose home",
+    ),
+    ("homes", "platform/meanet/meters.py", "import torch\n", "meanet.meters leads to torch"),
     ("homes", "platform/meanet/config.py", "from meanet import models\n", "meanet.config leads to torch"),
     ("homes", "platform/meanet/loop.py", "from meanet import cluster\n", "meanet.loop imports meanet.cluster"),
     ("layout", "platform/__init__.py", "", "platform/__init__.py lies directly"),

@@ -44,10 +44,12 @@ def test_chosen_point_is_what_the_server_applies(
     wanted = route(test.main_logits, test.extension_logits, test.cloud_pred, policy)
     with serving(tmp_path, store) as url, httpx.Client(base_url=url, timeout=30) as client:
         served = client.get("/v1/model").json()
+        assert point["energy"]["link"] == "lte"
         assert (served["version"], served["operating_point"]) == (version, point)
         for row in range(80):
             body = encode_png(splits.table.images[splits.test[row]])
             answer = client.post("/v1/classify", content=body, headers={"content-type": "image/png"}).json()
             assert (answer["class_id"], answer["exit"]) == (wanted.pred[row], Exit(wanted.exit[row]).label)
             assert answer["policy"]["id"] == point["id"]
+            assert answer["joules"]["source"] == "modelled:horowitz_45nm+lte"
     assert len(set(wanted.exit[:80])) > 1

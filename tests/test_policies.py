@@ -1,4 +1,4 @@
-"""The policies that a cascade is compared with, and the energy model's published figures."""
+"""The policies that a cascade is compared with."""
 
 import dataclasses
 import math
@@ -7,9 +7,6 @@ import numpy as np
 import pytest
 from test_thresholds import COSTS, exits
 
-from meanet.config import EnergyConfig
-from meanet.energy import DEVICES, LINKS, Macs, cost_model
-from meanet.errors import UserError
 from meanet.policies import (
     authors_threshold,
     baselines,
@@ -109,31 +106,6 @@ def test_routing_efficiency_of_a_perfect_of_random_and_of_no_gate() -> None:
         cloud_pred=np.random.default_rng(1).integers(0, 4, 4000),
     )
     assert abs(routing_efficiency(shuffled, Policy(thresholds=(0.8,))) or 0.0) < 0.15
-
-
-def test_wifi_costs_what_the_formula_says() -> None:
-    """MEANet's set: Huang et al., MobiSys 2012, at 18.88 Mbps."""
-    wifi = LINKS["wifi"]
-    assert wifi.watts == pytest.approx(5.479, abs=1e-3)
-    assert wifi.joules_per_byte / 8 == pytest.approx(290.2e-9, rel=1e-3)
-    assert 32 * 32 * 3 * wifi.joules_per_byte == pytest.approx(7.13e-3, rel=1e-3)
-    assert 224 * 224 * 3 * wifi.joules_per_byte == pytest.approx(349.5e-3, rel=1e-3)
-    assert wifi.seconds(18.88e6 / 8) == pytest.approx(1.0)
-    assert LINKS["lte"].watts == pytest.approx(0.43839 * 5.85 + 1.28804)
-
-
-def test_compute_costs_joules_per_mac() -> None:
-    assert DEVICES["horowitz_45nm"].joules_per_mac == 4.6e-12
-    costs = cost_model(EnergyConfig(), Macs(main=10, adaptive=2, extension=3, cloud=100))
-    assert costs.main_joules == pytest.approx(46e-12)
-    assert costs.extension_joules == pytest.approx(23e-12)
-    assert costs.tag == "modelled:horowitz_45nm+wifi"
-
-
-@pytest.mark.parametrize(("field", "names"), [("device", "horowitz_45nm"), ("link", "wifi, lte, 3g")])
-def test_unknown_profiles_list_the_known(field: str, names: str) -> None:
-    with pytest.raises(UserError, match=f"'abacus'.*{names}"):
-        cost_model(dataclasses.replace(EnergyConfig(), **{field: "abacus"}), Macs(1, 1, 1, 1))
 
 
 def test_outcome_adds_up() -> None:

@@ -439,7 +439,7 @@ def test_sampled_study_is_never_worse_than_where_it_starts(tmp_path: Path, table
     first = starts(exits, exact, 6)
     assert gates(10, 5, first).first == first
     assert 2 <= len(first) <= 6
-    evaluate = Evaluation(exits, costs, constraint, reference, str(tmp_path), None)
+    evaluate = Evaluation(exits, costs, recipe.energy, constraint, reference, str(tmp_path), None)
     found = [evaluate(params) for params in first]
     default = read_trial(tmp_path / trial_id(first[0]))
     assert default is not None

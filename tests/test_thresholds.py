@@ -288,6 +288,23 @@ def test_scaling_is_searched_beside_raw_logits_and_its_policies_replay() -> None
     assert_replays(recorded, COSTS, swept.points.take(some), swept.temperatures)
 
 
+def test_dearer_links_send_fewer_bytes_and_choose_other_points() -> None:
+    """Over a wire an upload costs less than the extension block, over WiFi ten times that, over LTE thirty times."""
+    macs = Macs(main=69_130_000, adaptive=12_500_000, extension=21_760_000, cloud=556_000_000)
+    recorded = exits(21, 3000, num_classes=8, num_hard=5)
+    recorded = dataclasses.replace(recorded, upload_bytes=recorded.upload_bytes * 8)
+    sent, policies = [], []
+    for link in ("wired", "wifi", "lte"):
+        costs = cost_model(EnergyConfig(link=link), macs)
+        points = sweep(recorded, costs, [*MEASURES, "two_gate"], confidence=0.95).points
+        chosen = choose(points, OperatingPointConfig(max_accuracy_loss_vs_cloud=0.02))
+        policies.append(policy_of(chosen, 0, recorded.hard_classes))
+        sent.append(replay(recorded, costs, policies[-1]).bytes_uploaded)
+    assert sent == sorted(sent, reverse=True)
+    assert sent[0] > sent[2]
+    assert policies[0] != policies[2]
+
+
 @pytest.mark.parametrize("true", [0.5, 1.0, 2.5])
 def test_temperature_is_found(true: float) -> None:
     generator = np.random.default_rng(1)

@@ -2,7 +2,7 @@
 
     edge.safetensors     main block and extension path
     cloud.safetensors    cloud network
-    model.json           recipe, class split, class names, preprocessing, MACs, digest of the training data
+    model.json           recipe, class split, class names, preprocessing, MACs and bytes moved, digest of the data
     operating_point.json once one was chosen: gate, thresholds, hard classes in use, what it was chosen by
 
 Everything together, so that the parts cannot drift apart. Weights are safetensors and the rest is JSON: loading a model
@@ -18,12 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from meanet.config import Recipe
+from meanet.config import EnergyConfig, Recipe, energy_config
 from meanet.data import Splits
-from meanet.energy import CostModel, Macs, cost_model
+from meanet.energy import BytesMoved, CostModel, Macs, cost_model
 from meanet.errors import UserError
 from meanet.loop import State
-from meanet.models import macs_of
+from meanet.models import bytes_moved_of, macs_of
 from meanet.preprocessing import Preprocessing
 from meanet.routing import Policy
 from meanet.storage import write_text
@@ -45,6 +45,7 @@ class TrainedModel:
     """Validation precision of the main exit, by class id."""
     preprocessing: Preprocessing
     macs: Macs
+    bytes_moved: BytesMoved
     data_digest: str
     """Of the table that it was trained on."""
     networks: Networks
@@ -53,8 +54,14 @@ class TrainedModel:
 
     @property
     def costs(self) -> CostModel:
-        """Joules by the recipe's profiles."""
-        return cost_model(self.recipe.energy, self.macs)
+        """Joules by `energy`'s profiles."""
+        return cost_model(self.energy, self.macs, self.bytes_moved)
+
+    @property
+    def energy(self) -> EnergyConfig:
+        """The profiles that the operating point was chosen under; the recipe's where it does not say."""
+        chosen = (self.operating_point or {}).get("energy")
+        return self.recipe.energy if chosen is None else energy_config(chosen)
 
     @property
     def policy(self) -> Policy:
@@ -94,6 +101,7 @@ def from_state(state: State, splits: Splits) -> TrainedModel:
         class_precision=tuple(state.class_precision),
         preprocessing=preprocessing,
         macs=macs_of(networks.meanet, networks.cloud, preprocessing.image_shape),
+        bytes_moved=bytes_moved_of(networks.meanet, preprocessing.image_shape),
         data_digest=splits.table.digest,
         networks=_frozen(networks),
     )
@@ -117,6 +125,7 @@ def save(model: TrainedModel, folder: Path) -> Path:
         "class_precision": model.class_precision,
         "preprocessing": asdict(model.preprocessing),
         "macs": asdict(model.macs),
+        "bytes_moved": asdict(model.bytes_moved),
         "data_digest": model.data_digest,
     }
     write_text(json.dumps(description, indent=2), folder / MODEL)
@@ -139,6 +148,7 @@ def load(folder: Path) -> TrainedModel:
         networks = build_networks(recipe, preprocessing.image_shape, len(description["class_names"]))
         networks.meanet.load_state_dict(load_file(folder / EDGE))
         networks.cloud.load_state_dict(load_file(folder / CLOUD))
+        moved = description.get("bytes_moved")  # not in models saved before there were such profiles
         has_point = (folder / OPERATING_POINT).exists()
         return TrainedModel(
             recipe=recipe,
@@ -147,6 +157,7 @@ def load(folder: Path) -> TrainedModel:
             class_precision=tuple(description["class_precision"]),
             preprocessing=preprocessing,
             macs=Macs(**description["macs"]),
+            bytes_moved=BytesMoved(**moved) if moved else bytes_moved_of(networks.meanet, preprocessing.image_shape),
             data_digest=description["data_digest"],
             networks=_frozen(networks),
             operating_point=_read_json(folder / OPERATING_POINT) if has_point else None,

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from meanet.replay import Replayer, joules_of
 from meanet.routing import Bools, Floats, Policy
 
 DRAWS, LEVEL = 1000, 0.95
+_BLOCK = 256
+"""Policies at a time, so that memory does not grow with their number."""
 
 
 @dataclass(frozen=True)
@@ -28,29 +29,21 @@ class Intervals:
 def intervals(replayer: Replayer, policies: list[Policy], reference: Policy, seed: int = 0) -> Intervals:
     """Draw the split's samples again and again, the same draws for all policies, so that differences are paired."""
     exits = replayer.exits
-    routed = [replayer.route(policy) for policy in [*policies, reference]]
-    right = np.stack([found.pred == exits.labels for found in routed], axis=1)
-    joules = np.stack([joules_of(exits, replayer.costs, found) for found in routed], axis=1)
-    accuracy_draws, joules_draws = _means(right, seed), _means(joules, seed)
-    own = accuracy_draws[:, :-1]
+    count = exits.num_samples
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=DRAWS) / count
+    accuracy, joules = [], []
+    for start in range(0, len(policies) + 1, _BLOCK):
+        routed = [replayer.route(policy) for policy in [*policies, reference][start : start + _BLOCK]]
+        accuracy.append(drawn @ np.stack([found.pred == exits.labels for found in routed], axis=1))
+        joules.append(drawn @ np.stack([joules_of(exits, replayer.costs, found) for found in routed], axis=1))
+    own, other = np.split(np.concatenate(accuracy, axis=1), [len(policies)], axis=1)
     previous = np.concatenate((own[:, :1], own[:, :-1]), axis=1)
     return Intervals(
         accuracy=_ends(own),
-        joules=_ends(joules_draws[:, :-1]),
+        joules=_ends(np.concatenate(joules, axis=1)[:, : len(policies)]),
         same_as_previous=_holds_zero(own - previous),
-        same_as_reference=_holds_zero(own - accuracy_draws[:, -1:]),
+        same_as_reference=_holds_zero(own - other),
     )
-
-
-def _means(values: NDArray[np.generic], seed: int) -> Floats:
-    """(DRAWS, P) means of (N, P) values over resampled rows, a hundred draws at a time."""
-    count, generator = len(values), np.random.default_rng(seed)
-    exact = values.astype(np.float64)
-    means = []
-    for _ in range(DRAWS // 100):
-        weights = generator.multinomial(count, np.full(count, 1 / count), size=100)
-        means.append(weights @ exact / count)
-    return np.concatenate(means)
 
 
 def _ends(draws: Floats) -> Floats:

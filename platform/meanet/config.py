@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import math
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +14,9 @@ Measure = Literal["main_entropy", "accepted_entropy", "max_softmax", "margin"]
 Gate = Literal["main_entropy", "accepted_entropy", "max_softmax", "margin", "two_gate", "per_class"]
 Join = Literal["concat", "sum"]
 Schedule = Literal["one_cycle", "steps"]
-Payload = Literal["png", "raw"]
+Payload = str
+"""What is sent to the cloud: `png`, `raw` (pixels), or `jpegQ` at a quality Q of 1 to 100 (`jpeg90`)."""
+Tail = Literal["none", "amortised", "isolated"]
 Precision = Literal["float32", "bfloat16"]
 Feeding = Literal["auto", "resident", "streaming"]
 Backbone = Literal["residual", "resnet18", "mobilenet_v2"]
@@ -225,16 +229,57 @@ class PhaseConfig:
         _require(0 <= self.label_smoothing < 1, f"label_smoothing is {self.label_smoothing}: it must lie in 0..1")
 
 
+def jpeg_quality(payload: Payload) -> int | None:
+    """Q of `jpegQ`; None for a payload without loss.
+
+    Raises:
+        UserError: there is no such payload.
+    """
+    if payload in ("png", "raw"):
+        return None
+    found = re.fullmatch(r"jpeg([1-9][0-9]?|100)", payload)
+    if found is None:
+        raise UserError(f"payload is {payload!r}: choose png, raw, or jpeg with a quality of 1 to 100 (jpeg90)")
+    return int(found[1])
+
+
 @dataclass(frozen=True, kw_only=True)
 class EnergyConfig:
-    """What a multiplication and a byte cost: names of profiles in `meanet.energy`."""
+    """What computing and sending cost: names of profiles (meanet/profiles.yaml), and how to count."""
 
     device: str = "horowitz_45nm"
-    """Device profile: joules per MAC."""
+    """Device profile: joules per MAC, or watts and seconds."""
     link: str = "wifi"
-    """Link profile: throughput and radio power."""
+    """Link profile: throughput and power while sending."""
+    profiles: str | None = None
+    """A YAML file of your own that adds devices and links, in the form of meanet/profiles.yaml; kept as its text."""
+    tail: Tail = "none"
+    """The radio's promotion and tail: none = not counted; isolated = each upload pays them whole; amortised = uploads
+    share them, at `uploads_per_second`."""
+    uploads_per_second: float = 1.0
+    """Uploads a second, for `amortised`."""
+    cloud_seconds: float = 0.0
+    """What the cloud takes for an image, seconds; only latency counts it."""
     payload: Payload = "png"
-    """What is sent to the cloud: the PNG bytes, or raw pixels."""
+    """What is sent to the cloud: png, raw (pixels), or jpegQ at a quality Q of 1 to 100 (jpeg90)."""
+
+    def __post_init__(self) -> None:
+        jpeg_quality(self.payload)
+        rate, seconds = self.uploads_per_second, self.cloud_seconds
+        _require(0 < rate < math.inf, f"energy.uploads_per_second is {rate}: it must be above 0")
+        _require(0 <= seconds < math.inf, f"energy.cloud_seconds is {seconds}: it must be 0 or more")
+
+
+def energy_config(plain: dict[str, Any]) -> EnergyConfig:
+    """Rebuild what `dataclasses.asdict` made of an `EnergyConfig`.
+
+    Raises:
+        UserError: a field is unknown or senseless.
+    """
+    try:
+        return EnergyConfig(**plain)
+    except TypeError as error:
+        raise UserError(f"stored energy profiles cannot be read: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

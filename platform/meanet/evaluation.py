@@ -1,7 +1,8 @@
 """Every network once over validation and test -> the exits table, from which any policy can be replayed.
 
 Parquet, one row a sample. Metadata under `meanet` (JSON): format, class names, hard classes, model, recipe, seed,
-payload, MACs of each block, digest of the data.
+payload, MACs and bytes moved of each block, digest of the data. A payload with loss has columns of its own for what the
+cloud says of what arrives: `cloud_pred_jpeg90` beside `cloud_pred`.
 """
 
 import json
@@ -14,12 +15,12 @@ import pyarrow as pa
 import torch
 
 from meanet.artifact import TrainedModel
-from meanet.config import EnergyConfig, OperatingPointConfig, Payload, Recipe
+from meanet.config import EnergyConfig, OperatingPointConfig, Payload, Recipe, jpeg_quality
 from meanet.data import Images, Splits
-from meanet.energy import CostModel, Macs, cost_model
+from meanet.energy import BytesMoved, CostModel, Macs, cost_model
 from meanet.errors import UserError
 from meanet.exits_columns import check_columns, matrix
-from meanet.preprocessing import encode_png
+from meanet.preprocessing import transmit
 from meanet.replay import Exits
 from meanet.routing import Ints, Policy, read, read_extension, read_main
 from meanet.storage import read_parquet
@@ -36,6 +37,7 @@ def exits_table(model: TrainedModel, splits: Splits) -> pa.Table:
         "class_names": model.class_names,
         "hard_classes": model.hard_classes,
         "macs": asdict(model.macs),
+        "bytes_moved": asdict(model.bytes_moved),
         "data_digest": model.data_digest,
     }
     return pa.concat_tables(parts).replace_schema_metadata({_KEY: json.dumps(description).encode()})
@@ -46,43 +48,59 @@ def _reported(splits: Splits) -> list[tuple[str, Ints]]:
 
 
 def _exits_of(model: TrainedModel, table: Images, split: str, rows: Ints) -> pa.Table:
-    policy = Policy(hard_classes=model.hard_classes)
-    main_logits, extension_logits, cloud_logits, png_bytes = _run(model, table, rows)
-    main, cloud = read_main(main_logits, policy), read(cloud_logits)
-    extension = read_extension(extension_logits, policy)
-    return pa.table(
-        {
-            "split": [split] * len(rows),
-            "index": rows,
-            "label": table.labels[rows],
-            "main_pred": main.pred,
-            "main_confidence": main.confidence,
-            "main_entropy": main.entropy,
-            "extension_pred": extension.pred,
-            "extension_confidence": extension.confidence,
-            "extension_entropy": extension.entropy,
-            "cloud_pred": cloud.pred,
-            "cloud_confidence": cloud.confidence,
-            "upload_bytes_png": png_bytes,
-            "upload_bytes_raw": np.full(len(rows), int(np.prod(table.image_shape))),
-            "main_logits": _lists(main_logits),
-            "extension_logits": _lists(extension_logits),
-        }
-    )
+    policy, payload = Policy(hard_classes=model.hard_classes), model.recipe.energy.payload
+    lossy = payload if jpeg_quality(payload) is not None else None
+    run = _run(model, table, rows, lossy)
+    main, cloud = read_main(run["main"], policy), read(run["cloud"])
+    extension = read_extension(run["extension"], policy)
+    columns = {
+        "split": [split] * len(rows),
+        "index": rows,
+        "label": table.labels[rows],
+        "main_pred": main.pred,
+        "main_confidence": main.confidence,
+        "main_entropy": main.entropy,
+        "extension_pred": extension.pred,
+        "extension_confidence": extension.confidence,
+        "extension_entropy": extension.entropy,
+        "cloud_pred": cloud.pred,
+        "cloud_confidence": cloud.confidence,
+        "upload_bytes_png": run["png_bytes"],
+        "upload_bytes_raw": np.full(len(rows), int(np.prod(table.image_shape))),
+        "main_logits": _lists(run["main"]),
+        "extension_logits": _lists(run["extension"]),
+    }
+    if lossy:
+        arrived = read(run["lossy_cloud"])
+        columns |= {f"cloud_pred_{lossy}": arrived.pred, f"cloud_confidence_{lossy}": arrived.confidence}
+        columns[f"upload_bytes_{lossy}"] = run["lossy_bytes"]
+    return pa.table(columns)
 
 
 @torch.inference_mode()
-def _run(model: TrainedModel, table: Images, rows: Ints) -> tuple[Any, Any, Any, Ints]:
-    """(N, C), (N, H) and (N, C) logits of main, extension and cloud, and (N,) bytes of each image as PNG."""
-    main, extension, cloud, png_bytes = [], [], [], []
+def _run(model: TrainedModel, table: Images, rows: Ints, lossy: Payload | None) -> dict[str, Any]:
+    """What every network says of every image.
+
+    Returns:
+        (N, C), (N, H) and (N, C) logits of `main`, `extension` and `cloud`, and `png_bytes` (N,); with a payload that
+        loses something, also `lossy_cloud` (N, C), the cloud's logits of what arrives, and `lossy_bytes` (N,).
+    """
+    parts: list[dict[str, Any]] = []
     for images in table.batches(rows, table.evaluation_batch):
-        png_bytes += [len(encode_png(image)) for image in images]
         batch = torch.from_numpy(model.preprocessing.normalise(images))
         features, logits = model.networks.meanet.main(batch)
-        main.append(logits.numpy())
-        extension.append(model.networks.meanet.path(batch, features).numpy())
-        cloud.append(model.networks.cloud(batch).numpy())
-    return np.concatenate(main), np.concatenate(extension), np.concatenate(cloud), np.array(png_bytes)
+        part = {
+            "main": logits.numpy(),
+            "extension": model.networks.meanet.path(batch, features).numpy(),
+            "cloud": model.networks.cloud(batch).numpy(),
+            "png_bytes": transmit(images, "png")[1],
+        }
+        if lossy:
+            arrived, part["lossy_bytes"] = transmit(images, lossy)
+            again = torch.from_numpy(model.preprocessing.normalise(arrived))
+            part["lossy_cloud"] = model.networks.cloud(again).numpy()
+        parts.append(part)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _lists(logits: Any) -> pa.FixedSizeListArray:
@@ -110,6 +128,8 @@ class ExitsTable:
             )
         try:
             self.macs = Macs(**known["macs"])
+            moved = known.get("bytes_moved")  # not in tables written before there were such profiles
+            self.bytes_moved = BytesMoved(**moved) if moved else None
             self.hard_classes = tuple(int(class_id) for class_id in known["hard_classes"])
             self._recipe = Recipe.from_dict(known["recipe"]) if "recipe" in known else None
         except (ValueError, TypeError) as error:
@@ -147,13 +167,32 @@ class ExitsTable:
     @property
     def costs(self) -> CostModel:
         """Joules and seconds by `energy`'s profiles."""
-        return cost_model(self.energy, self.macs)
+        return cost_model(self.energy, self.macs, self.bytes_moved)
+
+    @property
+    def payloads(self) -> tuple[Payload, ...]:
+        """Those whose bytes, and whose answers of the cloud, are recorded."""
+        prefix, names = "upload_bytes_", self.table.column_names
+        found = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        return tuple(payload for payload in found if self._cloud_column(payload) in names)
+
+    @staticmethod
+    def _cloud_column(payload: Payload) -> str:
+        return "cloud_pred" if payload in ("png", "raw") else f"cloud_pred_{payload}"
 
     def exits(self, split: str, payload: Payload | None = None) -> Exits:
-        """The recorded exits of `validation` or `test`."""
-        column = f"upload_bytes_{payload or self.energy.payload}"
-        if column not in self.table.column_names:
-            raise UserError(f"the exits table has no column {column}: evaluate again with that payload")
+        """The recorded exits of `validation` or `test`, the cloud's of what arrives of that payload.
+
+        Raises:
+            UserError: the payload was not recorded; there are no such rows.
+        """
+        payload = payload or self.energy.payload
+        if payload not in self.payloads:
+            known = ", ".join(self.payloads) or "none"
+            raise UserError(
+                f"the exits table has no payload {payload!r} (it has {known}): choose one of these, or evaluate again "
+                f"with --energy.payload {payload}"
+            )
         rows = self.table.filter(pa.compute.equal(self.table["split"], split))
         if not rows.num_rows:
             raise UserError(f"the exits table has no {split} rows: evaluate again")
@@ -163,8 +202,8 @@ class ExitsTable:
             labels=rows["label"].to_numpy(),
             main_logits=matrix(rows["main_logits"], count),
             extension_logits=matrix(rows["extension_logits"], count) if extended else np.zeros((count, 0), np.float32),
-            cloud_pred=rows["cloud_pred"].to_numpy(),
-            upload_bytes=rows[column].to_numpy(),
+            cloud_pred=rows[self._cloud_column(payload)].to_numpy(),
+            upload_bytes=rows[f"upload_bytes_{payload}"].to_numpy(),
             hard_classes=self.hard_classes,
         )
 

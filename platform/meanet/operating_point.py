@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
 
@@ -12,13 +12,13 @@ import numpy as np
 
 from meanet.bootstrap import intervals
 from meanet.calibration import fit_temperatures
-from meanet.config import Gate, OperatingPointConfig
+from meanet.config import EnergyConfig, Gate, OperatingPointConfig
 from meanet.energy import CostModel
 from meanet.errors import UserError
 from meanet.evaluation import ExitsTable
 from meanet.fronts import choose, pareto_front, pareto_set
 from meanet.replay import Exits, Outcome, Replayer, replay
-from meanet.routing import GATES, MEASURES, Bools, Policy
+from meanet.routing import GATES, MEASURES, Bools, Ints, Policy
 from meanet.thresholds import UNSCALED, Points, Recorded, check_sizes, sweep_gate
 from meanet.two_gate import sweep_two_gates
 
@@ -96,9 +96,17 @@ class Search:
     chosen: dict[str, Any]
     """The operating point."""
 
-    def to_dict(self, table: ExitsTable) -> dict[str, Any]:
-        """The answer of `jobs.sweep --json`: each point of the fronts on validation, and on test beside it."""
-        policies = [self.policy(self.front, row, table) for row in range(len(self.front))]
+    def to_dict(self, table: ExitsTable, per_front: int | None = None) -> dict[str, Any]:
+        """The answer of `jobs.sweep --json`: each point of the fronts on validation, and on test beside it.
+
+        Args:
+            table: what was searched.
+            per_front: so many points of each front at most, evenly spread; None = all.
+        """
+        front = self.front.take(
+            np.concatenate([_spread(np.flatnonzero(rows), per_front) for *_, rows in kinds(self.front)])
+        )
+        policies = [self.policy(front, row, table) for row in range(len(front))]
         chosen, costs = Policy.from_dict(self.chosen), table.costs
         on = {split: Replayer(table.exits(split), costs) for split in ("validation", "test")}
         sure = {split: intervals(replayer, policies, chosen) for split, replayer in on.items()}
@@ -108,7 +116,7 @@ class Search:
             found = sure["validation"]
             rows.append(
                 {
-                    **_row(self.front, row, policy),
+                    **_row(front, row, policy),
                     "accuracy_interval": found.accuracy[row].tolist(),
                     "joules_interval": found.joules[row].tolist(),
                     "same_as_previous": bool(row and found.same_as_previous[row]),
@@ -129,6 +137,7 @@ class Search:
             "seconds": self.seconds,
             "temperatures": self.temperatures,
             "front": rows,
+            "front_size": len(self.front),
             "pareto": pareto,
             "operating_point": self.chosen,
         }
@@ -136,6 +145,13 @@ class Search:
     def policy(self, points: Points, row: int, table: ExitsTable) -> Policy:
         """One point of this search as a policy."""
         return policy_of(points, row, table.hard_classes, self.temperatures)
+
+
+def _spread(rows: Ints, count: int | None) -> Ints:
+    """So many of these at most, the first and the last among them."""
+    if count is None or len(rows) <= count:
+        return rows
+    return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
 
 
 def _row(points: Points, row: int, policy: Policy) -> dict[str, Any]:
@@ -183,7 +199,7 @@ def search(
     pareto = pareto_set(points)
     seconds = time.perf_counter() - started
     policy = policy_of(chosen, 0, table.hard_classes, swept.temperatures)
-    described = describe(policy, replay(validation, costs, policy), constraint, run)
+    described = describe(policy, replay(validation, costs, policy), constraint, table.energy, run)
     return Search(swept.compared, seconds, Points.join(fronts), pareto, swept.temperatures, described)
 
 
@@ -217,8 +233,11 @@ def policy_of(
     )
 
 
-def describe(policy: Policy, expected: Outcome, constraint: OperatingPointConfig, run: str | None) -> dict[str, Any]:
-    """The operating point's JSON: the policy, and what it is expected to do by the split that it was chosen on."""
+def describe(
+    policy: Policy, expected: Outcome, constraint: OperatingPointConfig, energy: EnergyConfig, run: str | None
+) -> dict[str, Any]:
+    """The operating point's JSON: the policy, what it is expected to do by the split that it was chosen on, and the
+    profiles that it was chosen under, by which the server counts joules, too."""
     return {
         "id": policy_id(policy),
         **policy.to_dict(),
@@ -236,6 +255,7 @@ def describe(policy: Policy, expected: Outcome, constraint: OperatingPointConfig
             "confidence": constraint.confidence,
             "objective": "min joules" if constraint.bounds_accuracy else "max accuracy",
         },
+        "energy": asdict(energy),
         "run": run,
     }
 

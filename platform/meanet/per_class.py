@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from meanet.config import Measure, OperatingPointConfig
+from meanet.config import EnergyConfig, Measure, OperatingPointConfig
 from meanet.energy import CostModel
 from meanet.errors import UserError
 from meanet.fronts import choose, pareto_front
@@ -162,6 +162,8 @@ class Evaluation:
     exits: Exits
     """On validation."""
     costs: CostModel
+    energy: EnergyConfig
+    """Profiles behind the costs."""
     constraint: OperatingPointConfig
     reference: Reference
     trials: str
@@ -187,7 +189,7 @@ class Evaluation:
         point = _front_point(points, 0, policy.gate, (), len(policy.hard_classes))
         try:
             choose(points, self.constraint)
-            described: dict[str, Any] | None = describe(policy, outcome, self.constraint, self.run)
+            described: dict[str, Any] | None = describe(policy, outcome, self.constraint, self.energy, self.run)
         except UserError:  # a policy that misses the bounds may still be of the front
             described = None
         return Trial(

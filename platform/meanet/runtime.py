@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from meanet.artifact import TrainedModel, load
+from meanet.preprocessing import transmit
 from meanet.routing import (
     Exit,
     Floats,
@@ -141,7 +142,8 @@ class Cascade:
         policy = policy or self.model.policy
         answers, pending = self._edge.run(images, policy)
         if len(pending.rows):
-            answers.accept(pending.rows, Exit.CLOUD, self._cloud.run(images[pending.rows]))
+            arrived, _ = transmit(images[pending.rows], self.model.energy.payload)
+            answers.accept(pending.rows, Exit.CLOUD, self._cloud.run(arrived))
         return answers
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> Any:

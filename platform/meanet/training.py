@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from meanet.class_split import class_precision, hard_classes
 from meanet.config import PhaseConfig, Recipe
 from meanet.data import ImageTable, Splits
-from meanet.energy import Macs, cost_model
+from meanet.energy import BytesMoved, Macs, cost_model
 from meanet.feeds import Batch, Feed, ResidentFeed, Scaling
 from meanet.loop import PHASES, Phase, PhaseRunner, State, Worker, autocast
 from meanet.models import CloudNet, MainBlock, MEANet, macs_of
@@ -81,7 +81,7 @@ def check(recipe: Recipe, splits: Splits) -> None:
     height, width, channels = splits.table.image_shape
     networks = build_networks(recipe, (channels, height, width), splits.table.num_classes)
     load_published_weights(recipe, networks)
-    cost_model(recipe.energy, Macs(0, 0, 0, 0))
+    cost_model(recipe.energy, Macs(0, 0, 0, 0), BytesMoved(0, 0, 0))
 
 
 def epoch_work(recipe: Recipe, splits: Splits) -> dict[str, float]:

@@ -31,7 +31,7 @@ from meanet.energy import CostModel, cost_model
 from meanet.errors import UserError
 from meanet.fronts import choose, pareto_front
 from meanet.loop import Epoch, State, Worker
-from meanet.models import macs_of
+from meanet.models import bytes_moved_of, macs_of
 from meanet.operating_point import Swept, describe, policy_of, sweep
 from meanet.phases import PhaseStore, Trained, phase_keys
 from meanet.preprocessing import Preprocessing
@@ -213,7 +213,7 @@ class TrialRun:
         except UserError:
             return None
         policy = policy_of(chosen, 0, exits.hard_classes, swept.temperatures)
-        return describe(policy, replay(exits, costs, policy), constraint, self.study.run)
+        return describe(policy, replay(exits, costs, policy), constraint, self.recipe.energy, self.study.run)
 
     def _finished_state(self) -> State:
         kept = {phase: self.study.store.load(phase, key) for phase, key in self.keys.items()}
@@ -309,8 +309,9 @@ class Judge:
     def __init__(self, study: Study, recipe: Recipe, splits: Splits, networks: Networks, keys: dict[str, str]) -> None:
         self.study, self.splits, self.networks = study, splits, networks
         self.preprocessing: Preprocessing = preprocessing_of(recipe, splits)
-        macs = macs_of(networks.meanet.cpu(), networks.cloud.cpu(), self.preprocessing.image_shape)
-        self.costs = cost_model(recipe.energy, macs)
+        shape = self.preprocessing.image_shape
+        macs = macs_of(networks.meanet.cpu(), networks.cloud.cpu(), shape)
+        self.costs = cost_model(recipe.energy, macs, bytes_moved_of(networks.meanet, shape))
         self._folder = study.store.folder("main", keys["main"])
         self._answers()
 

@@ -1,6 +1,8 @@
-"""MACs, parameters and training memory of each block.
+"""MACs, parameters, bytes moved and training memory of each block.
 
-MACs are counted by PyTorch's own flop counter (two flops a MAC; no BN, no ReLU), memory by what autograd keeps.
+MACs are counted by PyTorch's own flop counter (two flops a MAC; no BN, no ReLU), memory by what autograd keeps. Bytes
+moved are those of fp32 at batch 1: weights read once; of each convolution and linear layer, the input read and the
+output written, with all that stands between two of them (BN, ReLU, sums) taken as fused.
 """
 
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from meanet.config import Precision
-from meanet.energy import Macs
+from meanet.energy import BytesMoved, Macs
 from meanet.models.cloud import CloudNet
 from meanet.models.meanet import MEANet
 
@@ -29,6 +31,41 @@ def count_macs(module: nn.Module, *inputs: Tensor) -> int:
 def count_parameters(module: nn.Module) -> int:
     """Trainable numbers in `module`."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+@torch.no_grad()
+def count_bytes(module: nn.Module, *inputs: Tensor) -> int:
+    """Bytes that one call of `module` moves, as above."""
+    activations = 0
+
+    def count(_layer: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
+        nonlocal activations
+        activations += given[0].numel() + made.numel()
+
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    was_training = module.training
+    module.eval()(*inputs)
+    module.train(was_training)
+    for hook in hooks:
+        hook.remove()
+    return 4 * (activations + sum(parameter.numel() for parameter in module.parameters()))
+
+
+def joined_shape(meanet: MEANet) -> tuple[int, int, int]:
+    """(C, H, W) of what the extension block gets: main and adaptive features, joined."""
+    channels, height, width = meanet.main.feature_shape
+    return channels * (2 if meanet.path.join == "concat" else 1), height, width
+
+
+def bytes_moved_of(meanet: MEANet, image_shape: tuple[int, int, int]) -> BytesMoved:
+    """Bytes moved for one (C, H, W) image in each of the edge's blocks."""
+    image = torch.zeros((1, *image_shape))
+    return BytesMoved(
+        main=count_bytes(meanet.main, image),
+        adaptive=count_bytes(meanet.path.adaptive, image),
+        extension=count_bytes(meanet.path.extension, torch.zeros((1, *joined_shape(meanet)))),
+    )
 
 
 def macs_of(meanet: MEANet, cloud: CloudNet, image_shape: tuple[int, int, int]) -> Macs:
@@ -52,6 +89,8 @@ class BlockCost:
     """Multiply-accumulates an image."""
     params: int
     """Trainable numbers."""
+    moved_bytes: int
+    """Between memory and arithmetic, an image at batch 1, fp32."""
     activation_bytes: int
     """Kept for the backward pass, an image."""
     training_bytes: int
@@ -63,12 +102,10 @@ def block_costs(
 ) -> dict[str, BlockCost]:
     """Of main, adaptive, extension and cloud, by name; training memory at `batch_size` images."""
     macs = macs_of(meanet, cloud, image_shape)
-    channels, height, width = meanet.main.feature_shape
-    joined = (channels * (2 if meanet.path.join == "concat" else 1), height, width)
     blocks: dict[str, tuple[nn.Module, tuple[int, int, int], int]] = {
         "main": (meanet.main, image_shape, macs.main),
         "adaptive": (meanet.path.adaptive, image_shape, macs.adaptive),
-        "extension": (meanet.path.extension, joined, macs.extension),
+        "extension": (meanet.path.extension, joined_shape(meanet), macs.extension),
         "cloud": (cloud, image_shape, macs.cloud),
     }
     return {
@@ -84,7 +121,8 @@ def _cost(
     each = (large - small) // 2
     fixed = small - 2 * each  # weights in the lower precision
     params = count_parameters(module)
-    return BlockCost(macs, params, each, batch_size * each + fixed + 3 * 4 * params)
+    moved = count_bytes(module, torch.zeros((1, *shape)))
+    return BlockCost(macs, params, moved, each, batch_size * each + fixed + 3 * 4 * params)
 
 
 def _saved_bytes(module: nn.Module, inputs: Tensor, precision: Precision) -> int:
