@@ -160,7 +160,7 @@ def page(digits: dict[int, dict[str, Any]], slice_: dict[str, Any] | None, flags
         "`jobs.tune class_split`: size and choice of the hard classes, main block and cloud shared by all trials. Both "
         "searchers begin with the default and may try as many configurations; no configuration twice. Hypervolume: of "
         "the union front on validation, as a share of the rectangle from the default's main block alone to right "
-        "answers for nothing. Fronts and hypervolumes are validation's, on which they were chosen: for figures on test, "
+        "answers for nothing. Fronts and hypervolumes are validation's, on which they were chosen; figures on test: "
         "`report.json` of a study. Wall time of optuna's studies includes the training of the default, which random "
         "search's then use.",
         "",

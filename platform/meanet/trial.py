@@ -119,13 +119,20 @@ def rungs(epochs: int, count: int = RUNGS) -> list[int]:
 class TrialRun:
     """One configuration of a study."""
 
-    def __init__(self, study: Study, params: Params, splits: Splits, trained: tuple[str, ...] = ()) -> None:
-        """`trained`: phases that this attempt had to train."""
+    def __init__(
+        self,
+        study: Study,
+        params: Params,
+        splits: Splits,
+        trained: tuple[str, ...] = (),
+        started: float | None = None,
+    ) -> None:
+        """`trained`: phases that this attempt had to train; `started`: when, now if None."""
         self.study, self.params, self.splits, self._trained = study, params, splits, trained
         self.id = trial_id(params)
         self.recipe = study.space.apply(study.recipe, params)
         self.keys = phase_keys(self.recipe, splits.table.digest, splits.table.num_classes)
-        self._started = time.time()
+        self._started = time.time() if started is None else started
 
     @property
     def finished(self) -> Trial | None:

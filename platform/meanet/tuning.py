@@ -4,6 +4,8 @@ Objectives are accuracy and joules together; the scheduler looks at the front's 
 study goes on from Tune's own record, and a trial that has left its folder is not run again.
 """
 
+import functools
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -157,33 +159,44 @@ def _evaluate(params: Params, evaluate: list[Callable[[Params], Measured]]) -> N
 
 
 def _trial(params: Params, study: Study, splits: list[Any], workers: int) -> None:
-    """A trial that trains: main block under a lock if nobody has yet, then its extension, reporting every rung."""
+    """A trial that trains: main block under a lock if nobody has yet, then its extension, reporting every rung.
+
+    The extension's lock is for what is left of a killed study: processes that live on for a moment.
+    """
     torch.set_num_threads(1)
-    params = dict(params)
+    params, trained = dict(params), []
     run = TrialRun(study, params, ray.get(splits[0]))
-    trial = run.finished
-    if trial is None:
-        run.start()
-        trained = []
-        with study.store.lock("main", run.keys["main"]):
-            if run.needs_main:
-                _train("main", study, params, splits, workers=workers, trained=())
-                trained.append("main")
-        with study.store.lock("extension", run.keys["extension"]):
+    train = functools.partial(_train, study, params, splits, workers=workers, started=time.time())
+    with study.store.lock("main", run.keys["main"]):
+        if run.needs_main:
+            run.start()
+            train("main", trained=())
+            trained.append("main")
+    with study.store.lock("extension", run.keys["extension"]):
+        trial = run.finished
+        if trial is None:
+            run.start()
             if run.needs_extension:
-                _train("extension", study, params, splits, workers=workers, trained=(*trained, "extension"))
+                train("extension", trained=(*trained, "extension"))
                 return
             trial = run.leave()
     tune.report(asdict(trial.measured))
 
 
 def _train(
-    phase: str, study: Study, params: Params, splits: list[Any], *, workers: int, trained: tuple[str, ...]
+    study: Study,
+    params: Params,
+    splits: list[Any],
+    phase: str,
+    *,
+    workers: int,
+    started: float,
+    trained: tuple[str, ...],
 ) -> None:
     """One phase on Ray Train: in this process, or in a worker group of its own."""
 
     def loop() -> None:
-        run = TrialRun(study, params, ray.get(splits[0]), trained)
+        run = TrialRun(study, params, ray.get(splits[0]), trained, started)
         feed = resident_feed if isinstance(run.splits.table, ImageTable) else streaming_feed
         show = _show if workers == 0 else _show_from_group
         rung = Rung(run, show)
