@@ -57,9 +57,7 @@ class Record:
     logged: list[str] = field(default_factory=list)
     """Trials whose runs are whole."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Finished stages and their wall time, over all attempts."""
-    spent: dict[str, float] = field(default_factory=dict)
-    """Wall time of attempts that were interrupted, by stage, as far as it was noted."""
+    """Finished stages and their wall time, of the attempt that finished each."""
 
 
 class StudyFolder:
@@ -84,7 +82,7 @@ class StudyFolder:
         _progress.say(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}")
         started = time.perf_counter()
         yield
-        self.record.seconds[name] = round(time.perf_counter() - started + self.record.spent.get(name, 0.0), 2)
+        self.record.seconds[name] = round(time.perf_counter() - started, 2)
         self.save()
 
     @staticmethod
@@ -201,7 +199,7 @@ class TrialLog:
             run = self._run(trial.id, trial.params)
             self._tracker.log_steps(run, [(RUNGS, asdict(trial.measured))])
             self._tracker.log_text(run, json.dumps(trial.to_dict(), indent=1), "front.json")
-            if trial.front:
+            if len(trial.front) > 1:
                 path = plots.save_png(front_figure(trial), self._folder.root / f"front-{trial.id}.png")
                 self._tracker.log_file(run, path, "plots")
                 path.unlink()

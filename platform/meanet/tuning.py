@@ -5,6 +5,9 @@ study goes on from Tune's own record, and a trial that has left its folder is no
 """
 
 import functools
+import json
+import pickle
+import shutil
 import time
 import warnings
 from collections.abc import Callable
@@ -108,14 +111,17 @@ def run_functions(evaluate: Callable[[Params], Measured], study: Study, plan: Pl
 
 def _fit(trainable: Any, study: Study, plan: Plan, name: str, scheduler: AsyncHyperBandScheduler | None) -> list[Ended]:
     storage = Path(study.root) / "tune"
-    path = str(storage / name)
-    if tune.Tuner.can_restore(path):
-        tuner = tune.Tuner.restore(path, trainable, resume_unfinished=True, restart_errored=True)
+    path = storage / name
+    if _restorable(path):
+        tuner = tune.Tuner.restore(str(path), trainable, resume_unfinished=True, restart_errored=True)
     else:
+        shutil.rmtree(path, ignore_errors=True)
+        search = StudySearch(study.space, study.recipe.seed, plan, study.trials)
+        search.adopt()
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(  # metric and mode stay out: there are two objectives
-                search_alg=StudySearch(study.space, study.recipe.seed, plan, study.trials),
+                search_alg=search,
                 scheduler=scheduler,
                 num_samples=plan.trials,
                 max_concurrent_trials=concurrent_trials(plan),
@@ -128,6 +134,21 @@ def _fit(trainable: Any, study: Study, plan: Plan, name: str, scheduler: AsyncHy
     except (ray.exceptions.RayError, tune.TuneError) as error:
         raise UserError(f"the study could not be run: {root_cause(error)}; the same command goes on") from error
     return [_ended(grid[number]) for number in range(len(grid))]
+
+
+def _restorable(path: Path) -> bool:
+    """Whether Tune's own record is there and whole: it is not written in one piece.
+
+    Without it a study begins anew, and takes over what its folder has of finished trials.
+    """
+    try:
+        for file in path.glob("*.json"):
+            json.loads(file.read_text(encoding="utf-8"))
+        for file in path.glob("*.pkl"):
+            pickle.loads(file.read_bytes())  # noqa: S301  # Tune's own, which it loads itself
+    except Exception:  # a pickle that was cut off fails in many ways
+        return False
+    return (path / "tuner.pkl").exists() and any(path.glob("experiment_state-*.json"))
 
 
 def _ended(result: Any) -> Ended:
@@ -306,6 +327,10 @@ class StudySearch(OptunaSearch):
     def restore(self, checkpoint_path: str) -> None:
         """Go on from Tune's record and the folders of finished trials."""
         super().restore(checkpoint_path)
+        self.adopt()
+
+    def adopt(self) -> None:
+        """Propose first what finished without having been noted."""
         for trial in read_trials(self._trials_folder):
             if trial.id not in self._seen:
                 self._study.enqueue_trial(trial.params)
