@@ -13,11 +13,11 @@ from meanet.artifact import TrainedModel
 from meanet.data import Splits
 from meanet.errors import UserError
 from meanet.evaluation import ExitsTable
+from meanet.judge import Policies, Study, reference_of
 from meanet.per_class import Evaluation, ExactFront, exact_front, starts
 from meanet.routing import MEASURES, Policy
 from meanet.study import Trial
 from meanet.training import check
-from meanet.trial import Policies, Study, reference_of
 from meanet.tuning import Ended
 from tune_spaces.gates import gates
 

@@ -20,6 +20,7 @@ from meanet.config import Recipe
 from meanet.data import Splits
 from meanet.errors import UserError
 from meanet.evaluation import ExitsTable
+from meanet.judge import Study
 from meanet.phases import phase_keys
 from meanet.replay import Outcome, replay
 from meanet.routing import Policy
@@ -27,7 +28,6 @@ from meanet.storage import write_parquet, write_text
 from meanet.study import Trial, read_trials, trial_id, write_trial
 from meanet.study_report import Chosen, Facts
 from meanet.tracking import Tracker
-from meanet.trial import Study
 from meanet.tuning import Ended, Plan, SearcherName
 
 Default = tuple[TrainedModel | None, ExitsTable]

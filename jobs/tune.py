@@ -19,12 +19,13 @@ from meanet.artifact import TrainedModel
 from meanet.config import Recipe
 from meanet.errors import UserError, exit_on_user_error
 from meanet.evaluation import ExitsTable, exits_table
+from meanet.judge import Policies, Study, reference_of
 from meanet.operating_point import Search
 from meanet.routing import Policy
 from meanet.study import Space, Trial, trial_id
 from meanet.tracking import Tracker
 from meanet.training import check
-from meanet.trial import Policies, Study, keep_base, reference_of
+from meanet.trial import keep_base
 from meanet.tuning import Ended
 from tune_spaces import policies
 from tune_spaces.blocks import blocks

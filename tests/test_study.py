@@ -21,6 +21,7 @@ from meanet.energy import CostModel
 from meanet.errors import UserError
 from meanet.evaluation import ExitsTable, exits_table
 from meanet.fronts import pareto_front
+from meanet.judge import Policies, Study, reference_of
 from meanet.loop import SingleProcess
 from meanet.operating_point import policy_of, sweep
 from meanet.per_class import Evaluation, Levels, exact_front, starts
@@ -53,7 +54,7 @@ from meanet.study_report import write as write_report
 from meanet.thresholds import Points
 from meanet.tracking import Tracker
 from meanet.training import build_networks, resident_feed
-from meanet.trial import Policies, Rung, Study, TrialRun, keep_base, reference_of, rungs
+from meanet.trial import Rung, TrialRun, keep_base, rungs
 from tune_spaces.blocks import blocks
 from tune_spaces.class_split import class_split
 from tune_spaces.gates import gates

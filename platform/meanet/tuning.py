@@ -29,11 +29,12 @@ from ray.tune.search.optuna import OptunaSearch
 
 from meanet.data import ImageTable, Splits
 from meanet.errors import UserError
+from meanet.judge import Study
 from meanet.loop import SingleProcess
 from meanet.streaming import streaming_feed
 from meanet.study import Choice, Domain, FloatRange, IntRange, Measured, Params, Space, Value, read_trials, trial_id
 from meanet.training import resident_feed
-from meanet.trial import RUNGS, Rung, Study, TrialRun
+from meanet.trial import RUNGS, Rung, TrialRun
 from meanet.workers import RayWorker, interruptible, root_cause
 
 SearcherName = Literal["optuna", "random"]
