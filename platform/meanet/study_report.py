@@ -171,7 +171,7 @@ def summary(report: Mapping[str, Any], over: Gain) -> str:
     ours, default = chosen["test"], chosen["default_test"]
     return (
         f"{gained} Chosen: trial {chosen['trial']}; on test its operating point is right for {ours['accuracy']:.2%} at "
-        f"{1e6 * sum(ours['joules'].values()):.2f} µJ an image (the default's: {default['accuracy']:.2%} at "
+        f"{1e6 * sum(ours['joules'].values()):.2f} µJ an image (without the study {default['accuracy']:.2%} at "
         f"{1e6 * sum(default['joules'].values()):.2f} µJ). Union hypervolume {report['hypervolume']['final']:.4f}."
     )
 
