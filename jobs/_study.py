@@ -139,6 +139,7 @@ class TrialLog:
     def following(self) -> Iterator[None]:
         """Show and log what trials say, in a thread, until the block is over."""
         over = threading.Event()
+        self._poll(show=False)  # what an interrupted attempt has said
 
         def follow() -> None:
             while not over.wait(0.5):
@@ -153,7 +154,7 @@ class TrialLog:
             thread.join()
             self._poll()
 
-    def _poll(self) -> None:
+    def _poll(self, *, show: bool = True) -> None:
         progress = self._folder.root / "progress"
         for path in sorted(progress.glob("*.jsonl")) if progress.exists() else []:
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
@@ -162,10 +163,11 @@ class TrialLog:
                 seen = 0
             self._seen[path] = len(lines)
             for line in lines[seen:]:
-                self._on_event(json.loads(line))
+                self._on_event(json.loads(line), show=show)
 
-    def _on_event(self, event: dict[str, Any]) -> None:
-        _progress.say(_line(event))
+    def _on_event(self, event: dict[str, Any], *, show: bool) -> None:
+        if show:
+            _progress.say(_line(event))
         if self._failed:
             return
         try:
@@ -206,6 +208,8 @@ class TrialLog:
             self._tracker.end_run(run, "FINISHED" if trial.state == "finished" else "KILLED")
             record.logged.append(trial.id)
             self._folder.save()
+        for name in set(record.trial_runs) - {*record.logged}:
+            self._tracker.end_run(record.trial_runs[name], "FAILED")
 
 
 def _line(event: dict[str, Any]) -> str:

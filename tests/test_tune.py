@@ -19,6 +19,7 @@ from jobs import register, tune
 from meanet import artifact
 from meanet.errors import UserError
 from meanet.evaluation import ExitsTable
+from meanet.phases import PhaseStore
 from meanet.recipes import digits
 from meanet.replay import replay
 from meanet.study import Choice, FloatRange, IntRange, Measured, Space, Trial, read_trials, trial_id, write_trial
@@ -58,16 +59,20 @@ def test_each_configuration_is_proposed_once_the_default_first(tmp_path: Path, s
 def test_restored_search_proposes_what_finished_unnoticed(tmp_path: Path) -> None:
     """Killed, Tune's record may be a moment older than the folders of trials."""
     space = Space("s", {"x": FloatRange(0.0, 1.0)}, ({"x": 0.5},))
-    search = StudySearch(space, 0, Plan(), tmp_path / "trials")
+    search = StudySearch(space, 0, Plan(), tmp_path)
     proposals(search, 3)
     search.save(str(tmp_path / "state"))
-    unnoticed = proposals(search, 1, 3)[0]
+    unnoticed, cut_off = proposals(search, 2, 3)
+    for number, params in enumerate((cut_off, unnoticed)):
+        line = json.dumps({"trial": trial_id(params), "at": number, "event": "start", "params": params})
+        (tmp_path / "progress").mkdir(exist_ok=True)
+        (tmp_path / "progress" / f"{trial_id(params)}.jsonl").write_text(line + "\n")
     done = Trial(trial_id(unnoticed), unnoticed, "finished", Measured(0.5, 0.5, 0.5), ())
     write_trial(done, tmp_path / "trials" / done.id)
-    restored = StudySearch(space, 1, Plan(), tmp_path / "trials")
+    restored = StudySearch(space, 1, Plan(), tmp_path)
     restored.restore(str(tmp_path / "state"))
-    assert proposals(restored, 1, 4) == [unnoticed]
-    assert proposals(restored, 1, 5) != [unnoticed]
+    assert proposals(restored, 2, 4) == [unnoticed, cut_off]
+    assert proposals(restored, 1, 6)[0] not in (unnoticed, cut_off)
 
 
 def test_domains_in_optunas_words() -> None:
@@ -178,10 +183,7 @@ def test_killed_study_goes_on_and_repeats_no_finished_trial(study: Study) -> Non
     assert {name: now[name] for name in study.kept} == study.kept, "their records are as they were"
     started = [match[1] for line in study.second if (match := re.search(r"trial (\w+) started", line))]
     assert not set(started) & set(study.kept)
-    trained = [
-        (row["phase"], row["key"])
-        for row in map(json.loads, (study.folder / "phases/log.jsonl").open(encoding="utf-8"))
-    ]
+    trained = [(row["phase"], row["key"]) for row in PhaseStore(study.folder / "phases").log()]
     assert len(trained) == len(set(trained))
     assert [phase for phase, _ in trained].count("main") == 1, "the split is no matter of the main block"
 
@@ -275,12 +277,18 @@ def test_gates_search_a_tables_policies(
     study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """The exact front's points come first, and what is chosen registers with one threshold a class."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", study.store)
     words = ["gates", "digits", "--exits", str(study.folder / "exits.parquet"), "--trials", "8", "--json"]
-    monkeypatch.setattr(sys, "argv", ["tune", *words])
-    tune.main()
-    report = json.loads(capsys.readouterr().out)
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.tune", *words],
+        env=ENVIRONMENT | {"MLFLOW_TRACKING_URI": study.store},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
     assert report["trials"] == {"finished": 8, "stopped": 0}
     point = report["chosen"]["operating_point"]
     assert (point["gate"], len(point["thresholds"])) == ("per_class", 10)

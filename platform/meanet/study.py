@@ -273,6 +273,16 @@ def read_trials(folder: Path) -> list[Trial]:
     return sorted((trial for trial in found if trial), key=lambda trial: (trial.ended, trial.id))
 
 
+def read_started(folder: Path) -> list[Params]:
+    """Configurations of the trials that have said in this folder that they run, the longest ago first."""
+    events: list[dict[str, Any]] = []
+    for path in folder.glob("*.jsonl"):
+        first, _, _ = path.read_text(encoding="utf-8").partition("\n")
+        if first.endswith("}"):
+            events.append(json.loads(first))
+    return [event["params"] for event in sorted(events, key=lambda event: (event["at"], event["trial"]))]
+
+
 @dataclass(frozen=True)
 class UnionPoint:
     """A point of the union front."""

@@ -32,7 +32,19 @@ from meanet.errors import UserError
 from meanet.judge import Study
 from meanet.loop import SingleProcess
 from meanet.streaming import streaming_feed
-from meanet.study import Choice, Domain, FloatRange, IntRange, Measured, Params, Space, Value, read_trials, trial_id
+from meanet.study import (
+    Choice,
+    Domain,
+    FloatRange,
+    IntRange,
+    Measured,
+    Params,
+    Space,
+    Value,
+    read_started,
+    read_trials,
+    trial_id,
+)
 from meanet.training import resident_feed
 from meanet.trial import RUNGS, Rung, TrialRun
 from meanet.workers import RayWorker, interruptible, root_cause
@@ -117,7 +129,7 @@ def _fit(trainable: Any, study: Study, plan: Plan, name: str, scheduler: AsyncHy
         tuner = tune.Tuner.restore(str(path), trainable, resume_unfinished=True, restart_errored=True)
     else:
         shutil.rmtree(path, ignore_errors=True)
-        search = StudySearch(study.space, study.recipe.seed, plan, study.trials)
+        search = StudySearch(study.space, study.recipe.seed, plan, Path(study.root))
         search.adopt()
         tuner = tune.Tuner(
             trainable,
@@ -291,7 +303,7 @@ class StudySearch(OptunaSearch):
     trials' folders.
     """
 
-    def __init__(self, space: Space, seed: int, plan: Plan, trials: Path) -> None:
+    def __init__(self, space: Space, seed: int, plan: Plan, folder: Path) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         super().__init__(
             {name: distribution(domain) for name, domain in space.parameters.items()},
@@ -302,7 +314,7 @@ class StudySearch(OptunaSearch):
         )
         self._domains = dict(space.parameters)
         self._generator = np.random.default_rng(seed)
-        self._trials_folder = trials
+        self._folder = folder
         self._seen: set[str] = set()
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
@@ -331,10 +343,12 @@ class StudySearch(OptunaSearch):
         self.adopt()
 
     def adopt(self) -> None:
-        """Propose first what finished without having been noted."""
-        for trial in read_trials(self._trials_folder):
-            if trial.id not in self._seen:
-                self._study.enqueue_trial(trial.params)
+        """Propose first what finished without having been noted, then what was cut off."""
+        known = [trial.params for trial in read_trials(self._folder / "trials")]
+        known += read_started(self._folder / "progress")
+        for params in {trial_id(params): params for params in known}.values():
+            if trial_id(params) not in self._seen:
+                self._study.enqueue_trial(params)
 
 
 def _name(params: dict[str, Any]) -> str:
