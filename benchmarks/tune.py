@@ -7,12 +7,13 @@ for each seed; with `--source parquet:...` also one study of each on a slice of 
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,14 +42,14 @@ class Flags:
     """Of the slice's study."""
     slice_trials: int | None = None
     """Of each study on the slice; as `trials` if not given."""
-    slice_flags: tuple[str, ...] = ("--main.epochs", "12", "--extension.epochs", "8", "--cloud.epochs", "6")
-    """Further flags of the slice's studies."""
+    slice_flags: str = "--main.epochs 12 --extension.epochs 8 --cloud.epochs 6"
+    """Further flags of the slice's studies, in one word: `--slice-flags="--main.epochs 12"`."""
     output: Path = Path("docs/benchmarks/tuning.md")
     """The page."""
     keep: Path | None = None
     """Keep the studies' folders here; the same command then goes on after an interruption."""
-    digits_flags: tuple[str, ...] = field(default_factory=tuple)
-    """Further flags of the digits studies, to try things out."""
+    digits_flags: str = ""
+    """Further flags of the digits studies, likewise, to try things out."""
 
 
 def study(words: list[str], folder: Path) -> dict[str, Any]:
@@ -173,7 +174,7 @@ def page(digits: dict[int, dict[str, Any]], slice_: dict[str, Any] | None, flags
         lines += [""]
     if slice_:
         lines += [f"## {flags.images} images, {flags.recipe}, {flags.slice_trials or flags.trials} trials", ""]
-        lines += [f"Flags: `{' '.join(flags.slice_flags)}`.", "", *_table([_row("seed 0", slice_)])]
+        lines += [f"Flags: `{flags.slice_flags}`.", "", *_table([_row("seed 0", slice_)])]
         lines += ["", _verdict([_ratio(slice_)]), "", slice_["optuna"]["summary"], ""]
     return "\n".join(lines)
 
@@ -185,7 +186,7 @@ def main() -> None:
         root = (flags.keep or Path(scratch)).absolute()
         digits = {
             seed: pair(
-                ["class_split", "digits", "--seed", str(seed), *flags.digits_flags],
+                ["class_split", "digits", "--seed", str(seed), *shlex.split(flags.digits_flags)],
                 flags.trials,
                 root / f"digits-{seed}",
             )
@@ -195,7 +196,14 @@ def main() -> None:
         if flags.source:
             path = write_slice(flags.source, flags.images, root / f"slice-{flags.images}.parquet")
             data = ["--data.source", f"parquet:{path}", "--data.validation-fraction", "0.25"]
-            words = ["class_split", flags.recipe, *data, "--data.test-fraction", "0.15", *flags.slice_flags]
+            words = [
+                "class_split",
+                flags.recipe,
+                *data,
+                "--data.test-fraction",
+                "0.15",
+                *shlex.split(flags.slice_flags),
+            ]
             slice_ = pair(words, flags.slice_trials or flags.trials, root / "slice")
     flags.output.parent.mkdir(parents=True, exist_ok=True)
     flags.output.write_text(page(digits, slice_, flags))
