@@ -8,6 +8,7 @@ Only complex samples hop, as one array a batch. If the cloud fails, the edge's b
 """
 
 import asyncio
+import math
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ from meanet.artifact import TrainedModel
 from meanet.errors import UserError
 from meanet.runtime import CloudRuntime, Images
 from meanet.tracking import MODEL, Tracker
-from serve_apps.edge import CloudAnswer, EdgeService
+from serve_apps.edge import CloudAnswer, EdgeService, OverloadedError
 from serve_apps.http import (
     MANY_IMAGES,
     MAX_IMAGE_BYTES,
@@ -40,6 +41,11 @@ EdgeOnly = Annotated[bool, Query(description="Nothing of this request leaves the
 Threshold = Annotated[
     float | None,
     Query(allow_inf_nan=False, description="In place of the operating point's threshold, in its gate's unit."),
+]
+
+
+DeadlineMs = Annotated[
+    float | None, Query(gt=0, allow_inf_nan=False, description="Time for the whole request, the server's own at most.")
 ]
 
 
@@ -92,18 +98,28 @@ class Edge:
         self._service = EdgeService(_load(tracking_uri, version), version, ask_cloud)
 
     @api.post("/v1/classify", openapi_extra=ONE_IMAGE)
-    async def classify(self, request: Request, edge_only: EdgeOnly = False, threshold: Threshold = None) -> Answer:
+    async def classify(
+        self,
+        request: Request,
+        edge_only: EdgeOnly = False,
+        threshold: Threshold = None,
+        deadline_ms: DeadlineMs = None,
+    ) -> Answer:
         """Classify one image: PNG or JPEG bytes in the body."""
         body = await read_body(request, MAX_IMAGE_BYTES)
-        return (await self._answer([body], edge_only, threshold))[0]
+        return (await self._answer([body], edge_only, threshold, deadline_ms))[0]
 
     @api.post("/v1/classify/batch", openapi_extra=MANY_IMAGES)
     async def classify_batch(
-        self, request: Request, edge_only: EdgeOnly = False, threshold: Threshold = None
+        self,
+        request: Request,
+        edge_only: EdgeOnly = False,
+        threshold: Threshold = None,
+        deadline_ms: DeadlineMs = None,
     ) -> BatchAnswer:
         """Classify many images in one request: multipart files, or an Arrow IPC stream with a column `image`."""
         images = await read_images(request)
-        return BatchAnswer(answers=await self._answer(images, edge_only, threshold))
+        return BatchAnswer(answers=await self._answer(images, edge_only, threshold, deadline_ms))
 
     @api.get("/v1/model")
     async def describe(self) -> ModelDescription:
@@ -125,12 +141,18 @@ class Edge:
         """The replica is up and has loaded its model."""
         return Health(status="ok", model_version=self._service.version)
 
-    async def _answer(self, bodies: list[bytes], edge_only: bool, threshold: float | None) -> list[Answer]:
+    async def _answer(
+        self, bodies: list[bytes], edge_only: bool, threshold: float | None, deadline_ms: float | None
+    ) -> list[Answer]:
+        deadline = None if deadline_ms is None else deadline_ms / 1000
         try:
             policy = self._service.policy.with_request(edge_only=edge_only, threshold=threshold)
-            return await self._service.answer(bodies, policy)
+            return await self._service.answer(bodies, policy, deadline)
         except UserError as error:
             raise HTTPException(422, str(error)) from error
+        except OverloadedError as error:
+            headers = {"Retry-After": str(math.ceil(error.retry_after_s))}
+            raise HTTPException(503, f"overloaded: {error}; try again later", headers) from error
 
 
 def app(args: AppArgs) -> serve.Application:
