@@ -104,23 +104,38 @@ class EdgeService:
             UserError: bytes that are no image, or not one that the model takes; a deadline of no time.
             OverloadedError: they cannot be answered in time.
         """
-        if deadline_s is not None and not 0 < deadline_s < math.inf:
-            raise UserError(f"deadline of {deadline_s} s: it must be above 0")
-        allowed = min(self.settings.deadline_s, deadline_s or math.inf)
-        deadline = time.monotonic() + allowed
-        self._admit(len(bodies), allowed)
+        deadline = self._deadline(deadline_s)
+        self._admit(len(bodies), deadline)
         images = await asyncio.to_thread(self._decode, bodies)
-        self._admit(len(bodies), deadline - time.monotonic())
+        return await self._queue(images, [len(body) for body in bodies], policy, deadline)
+
+    async def answer_pixels(self, images: Images, policy: Policy, deadline_s: float | None = None) -> list[Answer]:
+        """The answers to (N, H, W, C) images; else as `answer`."""
+        shape = tuple(getattr(self.model.preprocessing, name) for name in ("height", "width", "channels"))
+        if images.shape[1:] != shape:
+            raise UserError(f"pixels of shape {images.shape[1:]}: this model takes (height, width, channels) {shape}")
+        deadline = self._deadline(deadline_s)
+        return await self._queue(list(images), [image.nbytes for image in images], policy, deadline)
+
+    def _deadline(self, wished_s: float | None) -> float:
+        if wished_s is not None and not 0 < wished_s < math.inf:
+            raise UserError(f"deadline of {wished_s} s: it must be above 0")
+        return time.monotonic() + min(self.settings.deadline_s, wished_s or math.inf)
+
+    async def _queue(
+        self, images: Sequence[Images], sizes: Sequence[int], policy: Policy, deadline: float
+    ) -> list[Answer]:
+        self._admit(len(images), deadline)
         loop = asyncio.get_running_loop()
         tasks = [
-            Task(image, len(body), policy, deadline, loop.create_future())
-            for image, body in zip(images, bodies, strict=True)
+            Task(image, size, policy, deadline, loop.create_future()) for image, size in zip(images, sizes, strict=True)
         ]
         self._batcher.put(tasks)
         return await asyncio.gather(*(task.answer for task in tasks))
 
-    def _admit(self, count: int, left_s: float) -> None:
+    def _admit(self, count: int, deadline: float) -> None:
         """Refuse what would wait too long, before anything is spent on it."""
+        left_s = deadline - time.monotonic()
         queued, pace = self._batcher.queued, self._seconds_an_image
         wait = (queued + count) * pace
         if queued + count > max(self.settings.max_queued, count if not queued else 0):
