@@ -23,7 +23,7 @@ from serve_apps.settings import Settings
 MAX_MICRO_BATCH = 64
 _PROBE_IMAGES = 8
 _PACE = 0.2
-"""Weight of the newest micro-batch in the moving mean of seconds an image."""
+"""By how much a micro-batch loses weight in the pace, seconds by images, when another one is over."""
 
 
 class OverloadedError(Exception):
@@ -85,7 +85,7 @@ class EdgeService:
         self._batcher: Batcher[Task] = Batcher(self._run, MAX_MICRO_BATCH)
         self._waiting: set[asyncio.Task[None]] = set()
         self._calls = 0
-        self._seconds_an_image = 0.0
+        self._seconds = self._images = 0.0
 
     def configure(self, settings: Settings) -> None:
         """Take other settings; requests under way keep what they began with."""
@@ -136,9 +136,9 @@ class EdgeService:
     def _admit(self, count: int, deadline: float) -> None:
         """Refuse what would wait too long, before anything is spent on it."""
         left_s = deadline - time.monotonic()
-        queued, pace = self._batcher.queued, self._seconds_an_image
-        wait = (queued + count) * pace
-        if queued + count > max(self.settings.max_queued, count if not queued else 0):
+        queued = self._batcher.queued
+        wait = queued * self._seconds / max(1.0, self._images)  # of those ahead; how long its own take is not known
+        if queued and queued + count > self.settings.max_queued:
             raise OverloadedError(f"{queued} images wait and the limit is {self.settings.max_queued}", max(0.1, wait))
         if wait > left_s:
             raise OverloadedError(f"{queued} images wait, which takes {wait:.2f} s", max(0.1, wait - left_s))
@@ -169,8 +169,8 @@ class EdgeService:
         started = time.perf_counter()
         answers, pending = await asyncio.to_thread(self._runtime.run, images, policy)
         seconds = time.perf_counter() - started
-        newest = seconds / len(tasks)
-        self._seconds_an_image += (_PACE if self._seconds_an_image else 1.0) * (newest - self._seconds_an_image)
+        self._seconds = (1 - _PACE) * self._seconds + seconds
+        self._images = (1 - _PACE) * self._images + len(tasks)
         group = _Group(tasks, policy, images, answers, pending, 1000 * seconds)
         self._resolve(group, answers.exit != Exit.CLOUD, cloud_ms=0.0, reason=None)
         if not len(pending.rows):
