@@ -23,15 +23,15 @@ from matplotlib.figure import Figure
 from scipy.special import entr, softmax
 
 from jobs._cli import commit
-from meanet.config import EnergyConfig
+from meanet.config import EnergyConfig, OperatingPointConfig
 from meanet.energy import CostModel, Macs, cost_model
 from meanet.evaluation import ExitsTable
 from meanet.fronts import pareto_front
 from meanet.operating_point import search, sweep
 from meanet.plots import save_png
-from meanet.replay import Exits, Replayer
+from meanet.replay import Exits, Outcome, Replayer
 from meanet.routing import MEASURES, Floats, Policy, complexity, read_main
-from meanet.thresholds import GateSums, Points, Recorded, midway, sweep_gate
+from meanet.thresholds import UNSCALED, GateSums, Points, Recorded, midway, sweep_gate
 
 COSTS = cost_model(EnergyConfig(), Macs(main=69_130_000, adaptive=12_500_000, extension=21_760_000, cloud=556_000_000))
 """ResNet-32 B over WiFi."""
@@ -231,43 +231,56 @@ def versus(table: ExitsTable, flags: Flags) -> list[str]:
     return lines
 
 
+BOUNDS = {
+    "within 2 points of cloud-only, cheapest": OperatingPointConfig(max_accuracy_loss_vs_cloud=0.02),
+    "within 2 mJ an image, most accurate": OperatingPointConfig(max_accuracy_loss_vs_cloud=None, max_energy=0.002),
+}
+
+
 def over_links(table: ExitsTable, flags: Flags) -> list[str]:
     """Part 4."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     lines = [
-        "| link | J an upload (mean) | gate | hard classes used | main | extension | cloud | accuracy | mJ an image |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| asked for | link | J an upload (mean) | gate | hard classes used | main | extension | cloud | accuracy "
+        "| mJ an image |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    bound = replace(table.operating_point, max_accuracy_loss_vs_cloud=0.02)
     own = table.energy
     for link in LINKS:
         table.energy = replace(own, link=link)
-        found = search(table, bound, (*MEASURES, "two_gate"), scaled=True)
-        test, costs = table.exits("test"), table.costs
-        on_test = Replayer(test, costs)
-        policy = Policy.from_dict(found.chosen)
-        point = on_test.replay(policy)
-        front = pareto_front(found.front)
-        rows = [on_test.replay(found.policy(front, row, table)) for row in range(len(front))]
-        line = axes.plot(
-            [1e3 * row.total_joules for row in rows], [row.accuracy for row in rows], ".-", ms=3, label=link
-        )
-        axes.plot([1e3 * point.total_joules], [point.accuracy], "*", ms=14, color=line[0].get_color())
-        shares = " | ".join(f"{point.share[exit_]:.1%}" for exit_ in ("main", "extension", "cloud"))
-        upload = float(np.mean(costs.upload_joules(test.upload_bytes)))
-        gate = policy.gate + (f" ({', '.join(policy.measures)})" if policy.gate == "two_gate" else "")
-        lines.append(
-            f"| {link} | {upload:.3g} | {gate} | {len(policy.hard_classes)} | {shares} | {point.accuracy:.2%} "
-            f"| {1e3 * point.total_joules:.3f} |"
-        )
+        on_test = Replayer(table.exits("test"), table.costs)
+        for (asked, bound), marker in zip(BOUNDS.items(), "*o", strict=True):
+            found = search(table, bound, (*MEASURES, "two_gate"), scaled=True)
+            policy = Policy.from_dict(found.chosen)
+            point = on_test.replay(policy)
+            if marker == "*":
+                front = pareto_front(found.front)
+                rows = [on_test.replay(found.policy(front, row, table)) for row in range(len(front))]
+                joules, accuracy = [1e3 * row.total_joules for row in rows], [row.accuracy for row in rows]
+                (line,) = axes.plot(joules, accuracy, "-", label=link)
+            axes.plot([1e3 * point.total_joules], [point.accuracy], marker, ms=11, mec="black", color=line.get_color())
+            lines.append(f"| {asked} | {link} | {_described(table, policy, point)} |")
     axes.set(xscale="log", xlabel="energy of the edge device, mJ an image", ylabel="accuracy (test)")
-    axes.set_title("Fronts over three links, and the point within 2 points of cloud-only")
+    axes.set_title("Fronts over three links; star: within 2 points of cloud-only; dot: within 2 mJ", fontsize=10)
     axes.legend()
     folder = flags.page.parent / flags.page.stem
     folder.mkdir(parents=True, exist_ok=True)
     save_png(figure, folder / "links.png")
-    return lines
+    return [*lines[:2], *_by_bound(lines[2:])]
+
+
+def _by_bound(rows: list[str]) -> list[str]:
+    return [row for asked in BOUNDS for row in rows if row.startswith(f"| {asked} ")]
+
+
+def _described(table: ExitsTable, policy: Policy, point: Outcome) -> str:
+    shares = " | ".join(f"{point.share[exit_]:.1%}" for exit_ in ("main", "extension", "cloud"))
+    upload = float(np.mean(table.costs.upload_joules(table.exits("test").upload_bytes)))
+    gate = policy.gate + (f" ({', '.join(policy.measures)})" if policy.gate == "two_gate" else "")
+    scaled = ", scaled" if policy.temperatures != UNSCALED else ""
+    figures = f"{point.accuracy:.2%} | {1e3 * point.total_joules:.3f}"
+    return f"{upload:.3g} | {gate}{scaled} | {len(policy.hard_classes)} | {shares} | {figures}"
 
 
 def main() -> None:
@@ -294,8 +307,10 @@ On {flags.exits}, over {table.costs.tag}.
 
 ## Three links
 
-The cheapest policy that is, with 95% confidence on validation, within 2 points of cloud-only; figures on test. A dear
-link keeps more on the edge; a cheap one sends what the extension block would cost more to answer.
+Chosen on validation, with 95% confidence where accuracy is bounded; figures on test. Over a wire an upload costs a
+third of the extension block: what main is not sure of is sent. Over the radio an upload costs tens of times that block,
+and where accuracy is fixed the policy that uploads least is the cheapest, over WiFi as over LTE; where the energy is
+fixed, the dearer link leaves less of it to send with.
 
 {nl.join(over_links(table, flags))}
 

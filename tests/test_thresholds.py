@@ -305,6 +305,21 @@ def test_dearer_links_send_fewer_bytes_and_choose_other_points() -> None:
     assert policies[0] != policies[2]
 
 
+def test_the_same_joules_buy_less_accuracy_over_a_dearer_link() -> None:
+    macs = Macs(main=69_130_000, adaptive=12_500_000, extension=21_760_000, cloud=556_000_000)
+    recorded = exits(21, 3000, num_classes=8, num_hard=5)
+    recorded = dataclasses.replace(recorded, upload_bytes=recorded.upload_bytes * 8)
+    shares, accuracy = [], []
+    for link in ("wired", "wifi", "lte"):
+        points = sweep(recorded, cost_model(EnergyConfig(link=link), macs), [*MEASURES, "two_gate"]).points
+        chosen = choose(points, dataclasses.replace(ANY, max_energy=1.2e-3))
+        assert chosen.joules[0] <= 1.2e-3
+        shares.append(chosen.cloud_share[0])
+        accuracy.append(chosen.accuracy[0])
+    assert shares[0] > shares[1] > shares[2]
+    assert accuracy[0] > accuracy[1] > accuracy[2]
+
+
 @pytest.mark.parametrize("true", [0.5, 1.0, 2.5])
 def test_temperature_is_found(true: float) -> None:
     generator = np.random.default_rng(1)
