@@ -127,12 +127,8 @@ class Study:
     folder: Path
     store: str
     report: dict[str, Any]
-    first: list[str]
-    """Progress of the attempt that was killed."""
-    kept: dict[str, float]
-    """Trials that it had finished -> when their records were written."""
-    second: list[str]
-    """Progress of the one that finished."""
+    resumed: list[tuple[dict[str, float], list[str]]]
+    """Of each attempt that went on: the trials that were finished before it, and its progress."""
 
 
 def start(folder: Path) -> "subprocess.Popen[str]":
@@ -151,38 +147,48 @@ def records(folder: Path) -> dict[str, float]:
     return {path.parent.name: path.stat().st_mtime for path in folder.glob("trials/[!.]*/trial.json")}
 
 
+def stop_after(process: "subprocess.Popen[str]", finished: int, number: int) -> list[str]:
+    """Send a signal when so many trials have finished; what the command has said."""
+    assert process.stderr is not None
+    said: list[str] = []
+    for line in process.stderr:
+        said.append(line)
+        if sum("trial" in one and "finished  " in one for one in said) == finished:
+            os.kill(process.pid, number)
+            break
+    else:
+        raise AssertionError("".join(said))
+    return [*said, *process.communicate()[1].splitlines()]
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     folder = tmp_path_factory.mktemp("tune")
     root = folder / "outputs" / "tune-class_split-digits"
-    killed = start(folder)
-    assert killed.stderr is not None
-    first, over = [], 0
-    for line in killed.stderr:
-        first.append(line)
-        over += "finished" in line and "trial" in line
-        if over == 2:
-            os.kill(killed.pid, signal.SIGKILL)
-            break
-    killed.communicate()
-    assert over == 2, "".join(first)
+    stop_after(start(folder), 2, signal.SIGKILL)
     kept = records(root)
+    interrupted = start(folder)
+    second = stop_after(interrupted, 1, signal.SIGINT)
+    assert interrupted.returncode == 130, "".join(second)
+    kept_then = records(root)
     finished = start(folder)
     stdout, stderr = finished.communicate(timeout=300)
     assert finished.returncode == 0, stderr
     store = f"sqlite:///{folder / 'outputs/mlflow/mlflow.db'}"
-    return Study(root, store, json.loads(stdout), first, kept, stderr.splitlines())
+    return Study(root, store, json.loads(stdout), [(kept, second), (kept_then, stderr.splitlines())])
 
 
 @pytest.mark.cluster
-def test_killed_study_goes_on_and_repeats_no_finished_trial(study: Study) -> None:
-    assert len(study.kept) >= 2
-    assert any("going on with the interrupted study" in line for line in study.second)
-    assert not any("epoch" in line for line in study.second), "the default is not trained again"
+def test_study_that_was_cut_off_goes_on_and_repeats_no_finished_trial(study: Study) -> None:
+    """First killed, then interrupted by Ctrl-C."""
     now = records(study.folder)
-    assert {name: now[name] for name in study.kept} == study.kept, "their records are as they were"
-    started = [match[1] for line in study.second if (match := re.search(r"trial (\w+) started", line))]
-    assert not set(started) & set(study.kept)
+    for kept, said in study.resumed:
+        assert len(kept) >= 2
+        assert any("going on with the interrupted study" in line for line in said)
+        assert not any("epoch" in line or "Traceback" in line for line in said), "the default is not trained again"
+        assert {name: now[name] for name in kept} == kept, "their records are as they were"
+        started = [match[1] for line in said if (match := re.search(r"trial (\w+) started", line))]
+        assert not set(started) & set(kept)
     trained = [(row["phase"], row["key"]) for row in PhaseStore(study.folder / "phases").log()]
     assert len(trained) == len(set(trained))
     assert [phase for phase, _ in trained].count("main") == 1, "the split is no matter of the main block"

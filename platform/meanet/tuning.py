@@ -8,6 +8,8 @@ import functools
 import json
 import pickle
 import shutil
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -47,7 +49,7 @@ from meanet.study import (
 )
 from meanet.training import resident_feed
 from meanet.trial import RUNGS, Rung, TrialRun
-from meanet.workers import RayWorker, interruptible, root_cause
+from meanet.workers import RayWorker, root_cause
 
 SearcherName = Literal["optuna", "random"]
 _METRICS, _MODES = ["accuracy", "joules"], ["max", "min"]
@@ -143,10 +145,36 @@ def _fit(trainable: Any, study: Study, plan: Plan, name: str, scheduler: AsyncHy
             run_config=tune.RunConfig(name=name, storage_path=str(storage), verbose=0),
         )
     try:
-        grid = interruptible(tuner.fit)
+        grid = _until_interrupted(tuner.fit)
     except (ray.exceptions.RayError, tune.TuneError) as error:
         raise UserError(f"the study could not be run: {root_cause(error)}; the same command goes on") from error
     return [_ended(grid[number]) for number in range(len(grid))]
+
+
+def _until_interrupted(fit: Callable[[], tune.ResultGrid]) -> tune.ResultGrid:
+    """Run `fit`, and raise KeyboardInterrupt where Ctrl-C ended it: Tune stops in order then, and returns as if done.
+
+    Its handler of Ctrl-C puts ours back when it is called; that is how we know.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return fit()
+    ours = signal.getsignal(signal.SIGINT)
+    own = signal.default_int_handler if ours is None else ours
+    marker = functools.partial(_call, own)
+    signal.signal(signal.SIGINT, marker)
+    try:
+        grid = fit()
+        if signal.getsignal(signal.SIGINT) is marker:
+            raise KeyboardInterrupt
+    finally:
+        signal.signal(signal.SIGINT, own)
+    return grid
+
+
+def _call(handler: Any, number: int, frame: Any) -> None:
+    """A signal's handler of its own identity."""
+    if callable(handler):
+        handler(number, frame)
 
 
 def _restorable(path: Path) -> bool:
