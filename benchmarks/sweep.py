@@ -24,6 +24,7 @@ from scipy.special import entr, softmax
 
 from jobs._cli import commit
 from meanet.config import EnergyConfig, OperatingPointConfig
+from meanet.edges import UNSCALED, Recorded
 from meanet.energy import CostModel, Macs, cost_model
 from meanet.evaluation import ExitsTable
 from meanet.fronts import pareto_front
@@ -31,7 +32,7 @@ from meanet.operating_point import search, sweep
 from meanet.plots import save_png
 from meanet.replay import Exits, Outcome, Replayer
 from meanet.routing import MEASURES, Floats, Policy, complexity, read_main
-from meanet.thresholds import UNSCALED, GateSums, Points, Recorded, midway, sweep_gate
+from meanet.thresholds import GateSums, Points, midway, sweep_gate
 
 COSTS = cost_model(EnergyConfig(), Macs(main=69_130_000, adaptive=12_500_000, extension=21_760_000, cloud=556_000_000))
 """ResNet-32 B over WiFi."""

@@ -19,6 +19,11 @@ class Batcher(Generic[Item]):
         self._queue: deque[Item] = deque()
         self._busy: asyncio.Task[None] | None = None
 
+    @property
+    def queued(self) -> int:
+        """Items that wait, without those that `run` has in hand."""
+        return len(self._queue)
+
     def put(self, items: Sequence[Item]) -> None:
         """Queue items; must be called on the event loop's thread."""
         self._queue.extend(items)

@@ -8,12 +8,14 @@ Only complex samples hop, as one array a batch. If the cloud fails, the edge's b
 """
 
 import asyncio
+import math
 from dataclasses import asdict
+from importlib import metadata
 from typing import Annotated, Any
 
 import numpy as np
 import torch
-from fastapi import FastAPI, HTTPException, Query, Request
+from fastapi import FastAPI, HTTPException, Query, Request, Response
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -22,9 +24,12 @@ from meanet.artifact import TrainedModel
 from meanet.errors import UserError
 from meanet.runtime import CloudRuntime, Images
 from meanet.tracking import MODEL, Tracker
-from serve_apps.edge import CloudAnswer, EdgeService
+from serve_apps import invocations, v2
+from serve_apps.edge import CloudAnswer, EdgeService, OverloadedError
 from serve_apps.http import (
     MANY_IMAGES,
+    MAX_BATCH_BYTES,
+    MAX_BATCH_IMAGES,
     MAX_IMAGE_BYTES,
     ONE_IMAGE,
     Answer,
@@ -40,6 +45,11 @@ EdgeOnly = Annotated[bool, Query(description="Nothing of this request leaves the
 Threshold = Annotated[
     float | None,
     Query(allow_inf_nan=False, description="In place of the operating point's threshold, in its gate's unit."),
+]
+
+
+DeadlineMs = Annotated[
+    float | None, Query(gt=0, allow_inf_nan=False, description="Time for the whole request, the server's own at most.")
 ]
 
 
@@ -92,18 +102,102 @@ class Edge:
         self._service = EdgeService(_load(tracking_uri, version), version, ask_cloud)
 
     @api.post("/v1/classify", openapi_extra=ONE_IMAGE)
-    async def classify(self, request: Request, edge_only: EdgeOnly = False, threshold: Threshold = None) -> Answer:
+    async def classify(
+        self,
+        request: Request,
+        edge_only: EdgeOnly = False,
+        threshold: Threshold = None,
+        deadline_ms: DeadlineMs = None,
+    ) -> Answer:
         """Classify one image: PNG or JPEG bytes in the body."""
         body = await read_body(request, MAX_IMAGE_BYTES)
-        return (await self._answer([body], edge_only, threshold))[0]
+        return (await self._answer([body], edge_only, threshold, deadline_ms))[0]
 
     @api.post("/v1/classify/batch", openapi_extra=MANY_IMAGES)
     async def classify_batch(
-        self, request: Request, edge_only: EdgeOnly = False, threshold: Threshold = None
+        self,
+        request: Request,
+        edge_only: EdgeOnly = False,
+        threshold: Threshold = None,
+        deadline_ms: DeadlineMs = None,
     ) -> BatchAnswer:
         """Classify many images in one request: multipart files, or an Arrow IPC stream with a column `image`."""
         images = await read_images(request)
-        return BatchAnswer(answers=await self._answer(images, edge_only, threshold))
+        return BatchAnswer(answers=await self._answer(images, edge_only, threshold, deadline_ms))
+
+    # The Open Inference Protocol v2
+
+    @api.get("/v2")
+    async def server_metadata(self) -> dict[str, Any]:
+        """Name and extensions of this server."""
+        return {"name": MODEL, "version": metadata.version(MODEL), "extensions": ["binary_tensor_data"]}
+
+    @api.get("/v2/health/live")
+    async def live(self) -> dict[str, bool]:
+        """The replica is up."""
+        return {"live": True}
+
+    @api.get("/v2/health/ready")
+    async def ready(self) -> dict[str, bool]:
+        """The replica is up and has loaded its model."""
+        return {"ready": True}
+
+    @api.post("/v2/repository/index")
+    async def repository(self) -> list[dict[str, str]]:
+        """The one model, its version and state."""
+        return [{"name": MODEL, "version": str(self._service.version), "state": "READY", "reason": ""}]
+
+    @api.get("/v2/models/{name}")
+    @api.get("/v2/models/{name}/versions/{version}")
+    async def model_metadata(self, name: str, version: int | None = None) -> dict[str, Any]:
+        """Inputs and outputs."""
+        self._check_served(name, version)
+        taken = self._service.model.preprocessing
+        return v2.model_metadata(MODEL, self._service.version, (taken.height, taken.width, taken.channels))
+
+    @api.get("/v2/models/{name}/ready")
+    @api.get("/v2/models/{name}/versions/{version}/ready")
+    async def model_ready(self, name: str, version: int | None = None) -> dict[str, Any]:
+        """The model answers."""
+        self._check_served(name, version)
+        return {"name": MODEL, "ready": True}
+
+    @api.post("/v2/models/{name}/infer")
+    @api.post("/v2/models/{name}/versions/{version}/infer")
+    async def infer(self, request: Request, name: str, version: int | None = None) -> Response:
+        """Classify the input `image`: BYTES of PNG or JPEG files, or UINT8 pixels; JSON or binary tensors."""
+        self._check_served(name, version)
+        body = await read_body(request, MAX_BATCH_BYTES)
+        try:
+            asked = await asyncio.to_thread(v2.read, body, request.headers.get(v2.HEADER_LENGTH), MAX_BATCH_IMAGES)
+        except v2.RefusedError as error:
+            raise HTTPException(400, str(error)) from error
+        wishes = {key: asked.parameters.get(key) for key in ("threshold", "deadline_ms")}
+        images = asked.pixels if asked.encoded is None else asked.encoded
+        assert images is not None, "a request has one or the other"
+        answers = await self._answer(images, bool(asked.parameters.get("edge_only")), **wishes)
+        written = v2.respond(asked, answers, MODEL, self._service.version)
+        return Response(written.body, headers=written.headers)
+
+    def _check_served(self, name: str, version: int | None) -> None:
+        if name != MODEL or version not in (None, self._service.version):
+            asked = name if version is None else f"{name} version {version}"
+            raise HTTPException(404, f"{asked} is not served: {MODEL} version {self._service.version} is")
+
+    # MLflow's scoring protocol
+
+    @api.get("/ping")
+    async def ping(self) -> Health:
+        """MLflow's name for the health check."""
+        return await self.health()
+
+    @api.post("/invocations")
+    async def invocations(self, request: Request) -> dict[str, Any]:
+        """Classify as `mlflow models serve` would: images in base64, as a frame or as inputs."""
+        body = await read_body(request, MAX_BATCH_BYTES)
+        images = invocations.read(body, request.headers.get("content-type", ""), MAX_BATCH_IMAGES)
+        answers = await self._answer(images, edge_only=False, threshold=None, deadline_ms=None)
+        return {"predictions": [answer.model_dump(include=set(invocations.COLUMNS)) for answer in answers]}
 
     @api.get("/v1/model")
     async def describe(self) -> ModelDescription:
@@ -125,12 +219,20 @@ class Edge:
         """The replica is up and has loaded its model."""
         return Health(status="ok", model_version=self._service.version)
 
-    async def _answer(self, bodies: list[bytes], edge_only: bool, threshold: float | None) -> list[Answer]:
+    async def _answer(
+        self, images: list[bytes] | Images, edge_only: bool, threshold: float | None, deadline_ms: float | None
+    ) -> list[Answer]:
+        deadline = None if deadline_ms is None else deadline_ms / 1000
         try:
             policy = self._service.policy.with_request(edge_only=edge_only, threshold=threshold)
-            return await self._service.answer(bodies, policy)
+            if isinstance(images, list):
+                return await self._service.answer(images, policy, deadline)
+            return await self._service.answer_pixels(images, policy, deadline)
         except UserError as error:
             raise HTTPException(422, str(error)) from error
+        except OverloadedError as error:
+            headers = {"Retry-After": str(math.ceil(error.retry_after_s))}
+            raise HTTPException(503, f"overloaded: {error}; try again later", headers) from error
 
 
 def app(args: AppArgs) -> serve.Application:

@@ -1,7 +1,9 @@
 """The edge's service without HTTP and Ray, against clouds that are well, slow, gone or lying."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ from meanet.preprocessing import encode_png
 from meanet.routing import Exit, Policy
 from meanet.runtime import Cascade, CloudRuntime, Images
 from serve_apps.batching import Batcher
-from serve_apps.edge import CloudAnswer, EdgeService
+from serve_apps.edge import CloudAnswer, EdgeService, OverloadedError
 from serve_apps.http import Answer
+from serve_apps.settings import Settings
 
 ALL_TO_CLOUD = -1.0
 
@@ -38,7 +41,7 @@ def answers(
     model: TrainedModel, ask: Callable[[Images], Awaitable[CloudAnswer]], bodies: Sequence[bytes], policy: Policy
 ) -> list[Answer]:
     async def run() -> list[Answer]:
-        return await EdgeService(model, 3, ask, cloud_timeout_s=0.3).answer(bodies, policy)
+        return await EdgeService(model, 3, ask, Settings(cloud_budget_s=0.3)).answer(bodies, policy)
 
     return asyncio.run(run())
 
@@ -116,6 +119,129 @@ def test_the_edges_best_answer_stands_when_the_cloud_fails(
     got = answers(model, cloud, bodies, model.policy.with_request(threshold=ALL_TO_CLOUD))
     assert [(a.class_id, a.exit) for a in got] == [(a.class_id, a.exit) for a in edge]
     assert all(answer.degraded and answer.reason and reason in answer.reason for answer in got)
+
+
+async def late(model: TrainedModel, seconds: float, images: Images) -> CloudAnswer:
+    await asyncio.sleep(seconds)
+    return await honest(model)(images)
+
+
+def test_each_request_keeps_its_own_deadline(model: TrainedModel, bodies: list[bytes]) -> None:
+    """Two requests in one micro-batch: the hasty one gets the edge's answer, the patient one the cloud's."""
+    policy = model.policy.with_request(threshold=ALL_TO_CLOUD)
+
+    async def run() -> tuple[list[Answer], list[Answer], float]:
+        service = EdgeService(model, 1, lambda images: late(model, 0.4, images), Settings(cloud_budget_s=1.0))
+        await service.answer(bodies[:1], policy.with_request(edge_only=True))
+        started = time.monotonic()
+
+        async def hasty() -> tuple[list[Answer], float]:
+            return await service.answer(bodies[:4], policy, 0.2), time.monotonic() - started
+
+        (one, seconds), two = await asyncio.gather(hasty(), service.answer(bodies[4:8], policy))
+        return one, two, seconds
+
+    one, two, seconds = asyncio.run(run())
+    assert all(answer.degraded and answer.reason == "cloud timed out" for answer in one)
+    assert seconds < 0.39
+    assert all(answer.exit == "cloud" and not answer.degraded for answer in two)
+
+
+def test_breaker_opens_lets_nobody_wait_and_closes_by_itself(model: TrainedModel, bodies: list[bytes]) -> None:
+    policy = model.policy.with_request(threshold=ALL_TO_CLOUD)
+    down, asked = [True], [0]
+
+    async def cloud(images: Images) -> CloudAnswer:
+        asked[0] += 1
+        if down[0]:
+            await asyncio.sleep(10)
+        return await honest(model)(images)
+
+    async def run() -> None:
+        settings = Settings(cloud_budget_s=0.1, breaker_failures=2, breaker_open_s=0.3)
+        service = EdgeService(model, 1, cloud, settings)
+        for _ in range(2):
+            (answer,) = await service.answer(bodies[:1], policy)
+            assert answer.reason == "cloud timed out"
+        assert service.breaker.state == "open"
+        started, before = time.monotonic(), asked[0]
+        got = await service.answer(bodies[:50], policy)
+        assert {answer.reason for answer in got} == {"cloud circuit open"}
+        assert all(answer.joules.upload == 0 for answer in got), "nothing was sent"
+        assert (time.monotonic() - started, asked[0]) < (0.3, before + 1)
+        await asyncio.sleep(0.3)
+        got = await service.answer(bodies[:50], policy)  # carries a probe, which hangs, beside the answers
+        assert {answer.reason for answer in got} == {"cloud circuit open"}
+        assert asked[0] == before + 1
+        await asyncio.sleep(0.15)
+        assert service.breaker.state == "open", "the probe failed"
+        down[0] = False
+        await asyncio.sleep(0.3)
+        await service.answer(bodies[:1], policy)
+        await asyncio.sleep(0.05)
+        assert service.breaker.state == "closed"
+        assert not (await service.answer(bodies[:1], policy))[0].degraded
+
+    asyncio.run(run())
+
+
+def test_overload_is_refused_at_once_and_what_is_accepted_keeps_its_deadline(
+    model: TrainedModel, bodies: list[bytes]
+) -> None:
+    policy = model.policy.with_request(edge_only=True)
+
+    async def run() -> None:
+        service = EdgeService(model, 1, honest(model), Settings(max_queued=40))
+        await service.answer(bodies[:1], policy)
+        started = time.monotonic()
+        results = await asyncio.gather(
+            *(service.answer(bodies[:10], policy) for _ in range(40)), return_exceptions=True
+        )
+        refused = [result for result in results if isinstance(result, OverloadedError)]
+        accepted = [result for result in results if isinstance(result, list)]
+        assert len(refused) + len(accepted) == 40
+        assert refused
+        assert accepted
+        assert all(error.retry_after_s > 0 for error in refused)
+        assert time.monotonic() - started < service.settings.deadline_s
+        assert len(await service.answer(bodies, policy)) == len(bodies), "an idle server takes a batch beyond the limit"
+        with pytest.raises(UserError, match="deadline of -1 s"):
+            await service.answer(bodies[:1], policy, -1)
+
+    asyncio.run(run())
+
+
+def test_too_many_calls_under_way_are_not_added_to(model: TrainedModel, bodies: list[bytes]) -> None:
+    policy = model.policy.with_request(threshold=ALL_TO_CLOUD)
+
+    async def run() -> None:
+        service = EdgeService(model, 1, lambda images: late(model, 0.3, images), Settings(max_cloud_calls=1))
+        first = asyncio.ensure_future(service.answer(bodies[:1], policy))
+        await asyncio.sleep(0.1)
+        (second,) = await service.answer(bodies[:1], policy)
+        assert second.degraded
+        assert second.reason == "cloud busy: 1 calls under way"
+        assert (await first)[0].exit == "cloud"
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"patience": 1}, "unknown setting 'patience': choose from deadline_s"),
+        ({"deadline_s": 0}, "deadline_s is 0"),
+        ({"max_queued": 1.5}, "max_queued is 1.5: it must be a number, whole"),
+        ({"breaker_failures": 0}, "breaker_failures is 0"),
+        ({"reserve_s": 9}, "reserve_s is 9"),
+        ({"cloud_budget_s": "long"}, "cloud_budget_s is 'long'"),
+        ({"max_queued": True}, "max_queued is True"),
+    ],
+)
+def test_senseless_settings_are_refused(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        Settings().changed(values)
+    assert Settings().changed({"deadline_s": 1, "max_queued": 3.0}) == Settings(deadline_s=1.0, max_queued=3)
 
 
 def test_bad_image_is_named_and_the_service_lives_on(model: TrainedModel, bodies: list[bytes]) -> None:

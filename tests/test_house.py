@@ -30,7 +30,8 @@ HOMES = {
 }
 """Inside meanet, who may import what."""
 HEAVY = {"torch", "torchvision", "ray", "mlflow", "boto3"}
-BOTTOM = ("errors", "config", "routing", "profiles", "energy", "meters", "thresholds", "policies", "class_split")
+BOTTOM = ("errors", "config", "routing", "profiles", "energy", "meters", "replay", "edges", "thresholds", "two_gate")
+BOTTOM += ("fronts", "bootstrap", "calibration", "policies", "class_split", "exits_columns")
 WITHOUT_RAY = ("meanet.training", "meanet.evaluation", "meanet.runtime", "meanet.artifact", "meanet.trial")
 WITHOUT_RAY += ("meanet.study", "meanet.study_report", "tune_spaces.joint")
 

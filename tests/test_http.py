@@ -1,5 +1,6 @@
 """The Serve graph over HTTP: right answers to images, a 4xx with a reason to all else, and a replica that lives on."""
 
+import base64
 import contextlib
 import http.client
 import io
@@ -196,3 +197,56 @@ def test_a_gigabyte_is_refused(client: httpx.Client, path: str, announced: bool)
         with connection.getresponse() as response:
             assert response.status == 413
             assert "limit is" in json.loads(response.read())["detail"]
+
+
+def test_open_inference_protocol_answers_as_v1(
+    client: httpx.Client, model: TrainedModel, splits: Splits, bodies: list[bytes]
+) -> None:
+    """Files and pixels, JSON and binary tensors: the same classes and exits."""
+    assert client.get("/v2/health/live").json() == {"live": True}
+    assert client.get("/v2/health/ready").json() == {"ready": True}
+    (index,) = client.post("/v2/repository/index").json()
+    assert (index["name"], index["state"]) == ("meanet", "READY")
+    assert client.get(f"/v2/models/meanet/versions/{index['version']}").json()["inputs"][0]["name"] == "image"
+    assert client.get("/v2/models/meanet/ready").json()["ready"] is True
+    assert client.get("/v2/models/other/ready").status_code == 404
+    files, pixels = bodies[:20], np.ascontiguousarray(splits.table.images[splits.test[:20]])
+    packed = b"".join(struct.pack("<I", len(one)) + one for one in files)
+    forms: list[tuple[dict[str, object], bytes]] = [
+        ({"datatype": "BYTES", "shape": [20], "data": [base64.b64encode(one).decode() for one in files]}, b""),
+        ({"datatype": "BYTES", "shape": [20], "parameters": {"binary_data_size": len(packed)}}, packed),
+        ({"datatype": "UINT8", "shape": list(pixels.shape), "data": pixels.ravel().tolist()}, b""),
+        (
+            {"datatype": "UINT8", "shape": list(pixels.shape), "parameters": {"binary_data_size": pixels.nbytes}},
+            pixels.tobytes(),
+        ),
+    ]
+    for tensor, binary in forms:
+        header = json.dumps({"inputs": [{"name": "image", **tensor}]}).encode()
+        headers = {"Inference-Header-Content-Length": str(len(header))} if binary else {}
+        got = client.post("/v2/models/meanet/infer", content=header + binary, headers=headers)
+        assert got.status_code == 200, got.text
+        outputs = {output["name"]: output["data"] for output in got.json()["outputs"]}
+        assert list(zip(outputs["class_id"], outputs["exit"], strict=True)) == expected(model, splits, 20)
+    refused = client.post("/v2/models/meanet/infer", content=b"{}")
+    assert (refused.status_code, "inputs is no list" in refused.json()["detail"]) == (400, True)
+    wrong = {"datatype": "UINT8", "shape": [1, 9, 8, 1], "data": [0] * 72}
+    refused = client.post("/v2/models/meanet/infer", json={"inputs": [{"name": "image", **wrong}]})
+    assert (refused.status_code, "(8, 8, 1)" in refused.json()["detail"]) == (422, True)
+
+
+def test_invocations_answer_as_v1(
+    client: httpx.Client, model: TrainedModel, splits: Splits, bodies: list[bytes]
+) -> None:
+    assert client.get("/ping").status_code == 200
+    text = [base64.b64encode(one).decode() for one in bodies[:20]]
+    got = client.post("/invocations", json={"dataframe_split": {"columns": ["image"], "data": [[one] for one in text]}})
+    rows = got.json()["predictions"]
+    assert [(row["class_id"], row["exit"]) for row in rows] == expected(model, splits, 20)
+    assert set(rows[0]) == {"class_id", "class_name", "exit", "confidence", "entropy"}
+
+
+def test_deadline_is_kept_and_checked(client: httpx.Client, bodies: list[bytes]) -> None:
+    assert client.post("/v1/classify?deadline_ms=1000", content=bodies[0], headers=PNG).status_code == 200
+    assert client.post("/v1/classify?deadline_ms=-1", content=bodies[0], headers=PNG).status_code == 422
+    assert client.post("/v1/classify?deadline_ms=nan", content=bodies[0], headers=PNG).status_code == 422

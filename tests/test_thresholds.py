@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 from meanet.calibration import fit_temperatures, temperature
 from meanet.config import EnergyConfig, Measure, OperatingPointConfig
+from meanet.edges import Recorded
 from meanet.energy import CostModel, Macs, cost_model
 from meanet.errors import UserError
 from meanet.fronts import choose, hypervolume, pareto_front, pareto_set
 from meanet.operating_point import policy_of, sweep
 from meanet.replay import Exits, replay
 from meanet.routing import MEASURES, Policy, complexity, read_main, route
-from meanet.thresholds import Points, Recorded, every_point, sweep_gate
+from meanet.thresholds import Points, every_point, sweep_gate
 from meanet.two_gate import sweep_two_gates
 
 COSTS: CostModel = cost_model(EnergyConfig(), Macs(main=10**6, adaptive=10**5, extension=10**7, cloud=10**9))

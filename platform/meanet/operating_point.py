@@ -13,13 +13,14 @@ import numpy as np
 from meanet.bootstrap import intervals
 from meanet.calibration import fit_temperatures
 from meanet.config import EnergyConfig, Gate, OperatingPointConfig
+from meanet.edges import UNSCALED, Recorded
 from meanet.energy import CostModel
 from meanet.errors import UserError
 from meanet.evaluation import ExitsTable
 from meanet.fronts import choose, pareto_front, pareto_set
 from meanet.replay import Exits, Outcome, Replayer, replay
 from meanet.routing import GATES, MEASURES, Bools, Ints, Policy
-from meanet.thresholds import UNSCALED, Points, Recorded, check_sizes, sweep_gate
+from meanet.thresholds import Points, check_sizes, sweep_gate
 from meanet.two_gate import sweep_two_gates
 
 

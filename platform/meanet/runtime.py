@@ -79,11 +79,19 @@ class EdgeRuntime:
         return answers, pending
 
     @torch.inference_mode()
-    def finish(self, answers: Answers, pending: "Pending", policy: Policy) -> None:
-        """The cloud cannot be had: give the waiting samples the edge's best answer (steps 2 and 3 of the rule)."""
-        ran = answers.extended[pending.rows]
-        answers.exit[pending.rows[ran]] = Exit.EXTENSION  # their answer stands already
-        rows = pending.rows[~ran]
+    def finish(self, answers: Answers, pending: "Pending", policy: Policy, rows: Ints | None = None) -> None:
+        """The cloud cannot be had: give waiting samples the edge's best answer (steps 2 and 3 of the rule).
+
+        Args:
+            answers: filled in place.
+            pending: of the same run.
+            policy: of the same run.
+            rows: which of the waiting samples; all if None.
+        """
+        rows = pending.rows if rows is None else rows
+        ran = answers.extended[rows]
+        answers.exit[rows[ran]] = Exit.EXTENSION  # their answer stands already
+        rows = rows[~ran]
         hard = is_hard(pending.main.take(rows), policy)
         answers.accept(rows[~hard], Exit.MAIN, pending.main.take(rows[~hard]))
         if hard.any():

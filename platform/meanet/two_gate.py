@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meanet.config import Measure
+from meanet.edges import Edge, Recorded, edges
 from meanet.routing import MEASURES, Bools, Floats, Ints, complexity
-from meanet.thresholds import Edge, Points, Recorded, Sums, edges, midway, points_of, prefix, ran_before, suffix
+from meanet.thresholds import Points, Sums, midway, points_of, prefix, ran_before, suffix
 
 EARLY: tuple[Measure, ...] = tuple(measure for measure in MEASURES if measure != "accepted_entropy")
 """Known when only the main block ran."""

@@ -1,0 +1,50 @@
+"""A circuit breaker about the cloud (Nygard, Release It!, 2007): after some failures in a row, nobody waits for it.
+
+closed: calls go through. open: none does; the edge answers. half_open: after a while one probe is sent, beside the
+requests and not instead of their answers; if it succeeds the breaker closes, else it is open again.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Literal
+
+State = Literal["closed", "open", "half_open"]
+
+
+class Breaker:
+    """Counts outcomes and says who may call."""
+
+    def __init__(self, failures: int, open_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """Opens after so many `failures` in a row, for `open_s` seconds at least."""
+        self.failures, self.open_s = failures, open_s
+        self._clock = clock
+        self._failed = 0
+        self._opened: float | None = None
+        self._probing = False
+
+    @property
+    def state(self) -> State:
+        """Where it stands now."""
+        if self._opened is None:
+            return "closed"
+        return "half_open" if self._probing or self._clock() - self._opened >= self.open_s else "open"
+
+    def allows(self) -> bool:
+        """Whether a request may ask the cloud and wait for it."""
+        return self._opened is None
+
+    def claim_probe(self) -> bool:
+        """Whether the caller is to send the one probe; it then owes `record`."""
+        if self.state != "half_open" or self._probing:
+            return False
+        self._probing = True
+        return True
+
+    def record(self, *, success: bool) -> None:
+        """A call or a probe is over."""
+        if success:
+            self._failed, self._opened, self._probing = 0, None, False
+            return
+        self._failed += 1
+        if self._probing or (self._opened is None and self._failed >= self.failures):
+            self._opened, self._probing = self._clock(), False
