@@ -13,6 +13,16 @@ from meanet.operating_point import Search, kinds
 from meanet.replay import Exits, Replayer
 from meanet.routing import Exit, Policy, read_main, route
 
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24 }
+h1 { font-size: 1.6rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
+th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid #d8dee4 } th:first-child, td:first-child
+{ text-align: left } tr.chosen { background: #fff6d8; font-weight: 600 }
+.plots { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem } .plots svg { width: 100%; height: auto }
+pre { background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: 13px } .note { color: #57606a }
+"""
+"""Of the pages that hold the figures."""
 _COLOURS = {"main": "#4c78a8", "extension": "#f58518", "cloud": "#9aa5b1"}
 
 

@@ -18,15 +18,7 @@ from meanet.storage import write_text
 
 _PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>MEANet: $recipe</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24 }
-h1 { font-size: 1.6rem } h2 { font-size: 1.1rem; margin-top: 2rem }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid #d8dee4 } th:first-child, td:first-child
-{ text-align: left } tr.chosen { background: #fff6d8; font-weight: 600 }
-.plots { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem } .plots svg { width: 100%; height: auto }
-pre { background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: 13px } .note { color: #57606a }
-</style></head><body>
+<style>$style</style></head><body>
 <h1>MEANet: recipe <code>$recipe</code>, seed $seed</h1>
 <p>$summary</p>
 <h2>Policies, on the test split</h2>
@@ -128,6 +120,7 @@ def write(folder: Path, report: dict[str, Any], table: ExitsTable, search: Searc
     """`report.json` and the self-contained `report.html`."""
     write_text(json.dumps(report, indent=2), folder / "report.json")
     page = _PAGE.substitute(
+        style=plots.STYLE,
         recipe=html.escape(report["recipe"]),
         seed=report["seed"],
         summary=html.escape(summary(report)),

@@ -37,15 +37,7 @@ from meanet.study import (
 
 _PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>MEANet study: $space of $recipe</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24 }
-h1 { font-size: 1.6rem } h2 { font-size: 1.1rem; margin-top: 2rem }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid #d8dee4 } th:first-child, td:first-child
-{ text-align: left } tr.chosen { background: #fff6d8; font-weight: 600 }
-.plots { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem } .plots svg { width: 100%; height: auto }
-.note { color: #57606a }
-</style></head><body>
+<style>$style</style></head><body>
 <h1>Study <code>$space</code> of recipe <code>$recipe</code>, seed $seed</h1>
 <p>$summary</p>
 <div class="plots">$plots</div>
@@ -278,6 +270,7 @@ def write(folder: Path, report: Mapping[str, Any], trials: Sequence[Trial], fact
     write_text(json.dumps(report, indent=2), folder / "report.json")
     write_text(front_csv(union_front(trials)), folder / "union_front.csv")
     page = _PAGE.substitute(
+        style=plots.STYLE,
         space=html.escape(facts.space.name),
         recipe=html.escape(facts.recipe),
         seed=facts.seed,
