@@ -1,7 +1,8 @@
 """Studies against random search: `python -m benchmarks.tune` -> docs/benchmarks/tuning.md.
 
 `jobs.tune class_split` on digits, Optuna's and random proposals with the same number of trials, on the same default,
-for each seed; with `--source parquet:...` also one study of each on a slice of that set. Nothing is asserted.
+for each seed; with `--base FOLDER` also one study of each on that run, whose trials train on a slice. Nothing is
+asserted.
 """
 
 import json
@@ -19,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import tyro
 
 _SEARCHERS = ("optuna", "random")
@@ -34,16 +33,15 @@ class Flags:
     """Of the digits studies; none leaves them out."""
     trials: int = 16
     """Of each study."""
-    source: str | None = None
-    """`parquet:PATH` of a set to take a slice of (CIFAR-100 in the hubs' layout); no such study if not given."""
-    images: int = 6000
-    """Of the slice, class by class in the set's own shares."""
+    base: Path | None = None
+    """A finished run's folder (docs/benchmarks/cifar100.md): also one study of each searcher on it, whose trials train on
+    a slice; no such study if not given."""
     recipe: str = "cifar100_resnet32_b_fast"
-    """Of the slice's study."""
-    slice_trials: int | None = None
-    """Of each study on the slice; as `trials` if not given."""
-    slice_flags: str = "--main.epochs 12 --extension.epochs 8 --cloud.epochs 6"
-    """Further flags of the slice's studies, in one word: `--slice-flags="--main.epochs 12"`."""
+    """Of that run."""
+    base_flags: str = ""
+    """That run's own flags, in one word: `--base-flags="--main.epochs 8"`."""
+    slice_flags: str = "--extension.epochs 4 --extension.max-steps 50"
+    """The slice: further flags of these studies, likewise."""
     output: Path = Path("docs/benchmarks/tuning.md")
     """The page."""
     keep: Path | None = None
@@ -68,30 +66,15 @@ def study(words: list[str], folder: Path) -> dict[str, Any]:
     return report
 
 
-def pair(words: list[str], trials: int, folder: Path) -> dict[str, dict[str, Any]]:
-    """The same study by both searchers, on one default."""
+def pair(words: list[str], trials: int, folder: Path, base: Path | None = None) -> dict[str, dict[str, Any]]:
+    """The same study by both searchers, on one default: the given run's, or that of the first study."""
     reports = {}
     for searcher in _SEARCHERS:
         own = [*words, "--trials", str(trials), "--searcher", searcher]
-        base = [] if searcher == _SEARCHERS[0] else ["--base", str(folder / _SEARCHERS[0] / "base")]
-        reports[searcher] = study([*own, *base], folder / searcher)
+        if base or searcher != _SEARCHERS[0]:
+            own += ["--base", str(base or folder / _SEARCHERS[0] / "base")]
+        reports[searcher] = study(own, folder / searcher)
     return reports
-
-
-def write_slice(source: str, images: int, path: Path) -> Path:
-    """A Parquet file with so many rows of a set, in each class's share, and its own metadata."""
-    whole = pq.read_table(source.removeprefix("parquet:"))
-    integers = [name for name in whole.column_names if pa.types.is_integer(whole.schema.field(name).type)]
-    name = "fine_label" if "fine_label" in integers else "label" if "label" in integers else integers[0]
-    labels, generator = whole[name].to_numpy(), np.random.default_rng(0)
-    classes = np.unique(labels)
-    rows = [
-        generator.permutation(np.flatnonzero(labels == one))[: max(1, round(images * (labels == one).mean()))]
-        for one in classes
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(whole.take(np.sort(np.concatenate(rows))), path)
-    return path
 
 
 def _ratio(reports: dict[str, dict[str, Any]]) -> float:
@@ -173,9 +156,19 @@ def page(digits: dict[int, dict[str, Any]], slice_: dict[str, Any] | None, flags
         lines += [f"- seed {seed}: {reports['optuna']['summary']}" for seed, reports in digits.items()]
         lines += [""]
     if slice_:
-        lines += [f"## {flags.images} images, {flags.recipe}, {flags.slice_trials or flags.trials} trials", ""]
-        lines += [f"Flags: `{flags.slice_flags}`.", "", *_table([_row("seed 0", slice_)])]
-        lines += ["", _verdict([_ratio(slice_)]), "", slice_["optuna"]["summary"], ""]
+        lines += [
+            f"## CIFAR-100, each trial on a slice, {flags.trials} trials",
+            "",
+            "The default's main block and cloud are those of [cifar100.md](cifar100.md), 5,000 images to choose on; a "
+            f"trial trains extension and adaptive blocks on a slice of the 45,000 (`{flags.slice_flags}`).",
+            "",
+            *_table([_row("seed 0", slice_)]),
+            "",
+            _verdict([_ratio(slice_)]),
+            "",
+            slice_["optuna"]["summary"],
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -193,18 +186,9 @@ def main() -> None:
             for seed in flags.seeds
         }
         slice_ = None
-        if flags.source:
-            path = write_slice(flags.source, flags.images, root / f"slice-{flags.images}.parquet")
-            data = ["--data.source", f"parquet:{path}", "--data.validation-fraction", "0.25"]
-            words = [
-                "class_split",
-                flags.recipe,
-                *data,
-                "--data.test-fraction",
-                "0.15",
-                *shlex.split(flags.slice_flags),
-            ]
-            slice_ = pair(words, flags.slice_trials or flags.trials, root / "slice")
+        if flags.base:
+            words = ["class_split", flags.recipe, *shlex.split(flags.base_flags), *shlex.split(flags.slice_flags)]
+            slice_ = pair(words, flags.trials, root / "slice", flags.base.absolute())
     flags.output.parent.mkdir(parents=True, exist_ok=True)
     flags.output.write_text(page(digits, slice_, flags))
     print(flags.output.read_text())
