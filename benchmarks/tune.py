@@ -34,7 +34,7 @@ class Flags:
     trials: int = 16
     """Of each study."""
     base: Path | None = None
-    """A finished run's folder (docs/benchmarks/cifar100.md): also one study of each searcher on it, whose trials train on
+    """A finished run (docs/benchmarks/cifar100.md): also one study of each searcher on it, whose trials train on
     a slice; no such study if not given."""
     recipe: str = "cifar100_resnet32_b_fast"
     """Of that run."""
