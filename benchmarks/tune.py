@@ -14,13 +14,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tyro
+
+from meanet.study import FrontPoint, Reference, gain
 
 _SEARCHERS = ("optuna", "random")
 
@@ -83,16 +85,15 @@ def _ratio(reports: dict[str, dict[str, Any]]) -> float:
 
 
 def _row(name: str, reports: dict[str, dict[str, Any]]) -> str:
+    """Both studies against the default's front, which is the same trial in both: one may have stopped it early."""
+    default = next(front for report in reports.values() if (front := report["default"]["front"]))
     cells = []
     for searcher in _SEARCHERS:
         report = reports[searcher]
-        gain = report["gain"]
-        by_trial = report["hypervolume"]["by_trial"]
-        gained = (
-            f"{100 * gain['accuracy']:+.2f} points, {gain['joules_share']:.0%} of joules" if gain["dominates"] else "no"
-        )
+        found = gain(_points(report["union_front"]), _points(default))
+        gained = f"{100 * found.accuracy:+.2f} points, {found.joules_share:.0%} of joules" if found.dominates else "no"
         cells += [
-            f"{by_trial[-1]:.4f} (default {default_hypervolume(report):.4f})",
+            f"{report['hypervolume']['final']:.4f} (default {_hypervolume(default, report):.4f})",
             f"{report['trials']['finished']} + {report['trials']['stopped']}",
             gained,
             f"{report['wall_seconds']:.0f}",
@@ -100,11 +101,12 @@ def _row(name: str, reports: dict[str, dict[str, Any]]) -> str:
     return f"| {name} | {' | '.join(cells)} | {_ratio(reports):.4f} |"
 
 
-def default_hypervolume(report: dict[str, Any]) -> float:
-    """Of the default's front alone."""
-    from meanet.study import Reference
+def _points(rows: list[dict[str, Any]]) -> list[FrontPoint]:
+    names = [field.name for field in fields(FrontPoint)]
+    return [FrontPoint(**{name: row[name] for name in names}) for row in rows]
 
-    front = report["default"]["front"]
+
+def _hypervolume(front: list[dict[str, Any]], report: dict[str, Any]) -> float:
     accuracy, joules = (np.array([point[key] for point in front]) for key in ("accuracy", "joules"))
     return Reference(**report["reference"]).hypervolume(accuracy, joules)
 
@@ -120,13 +122,15 @@ def _table(rows: list[str]) -> list[str]:
 
 
 def _verdict(ratios: list[float]) -> str:
+    """Better only where the mean over seeds lies two standard errors above 1."""
     shown = ", ".join(f"{ratio:.4f}" for ratio in ratios)
-    mean = statistics.mean(ratios)
-    better = sum(ratio > 1 for ratio in ratios)
-    words = "better than" if mean > 1.001 else "no better than" if mean < 1.001 and mean > 0.999 else "worse than"
+    if len(ratios) < 2:
+        return f"Final hypervolume, Optuna's / random search's: {shown}. One study says no more than that."
+    mean, error = statistics.mean(ratios), statistics.stdev(ratios) / len(ratios) ** 0.5
+    words = "better than" if mean - 1 > 2 * error else "worse than" if 1 - mean > 2 * error else "no better than"
     return (
-        f"Final hypervolume, Optuna's / random search's: {shown}; mean {mean:.4f}, above 1 in {better} of "
-        f"{len(ratios)}: on the whole {words} random search."
+        f"Final hypervolume, Optuna's / random search's: {shown}; mean {mean:.4f}, standard error {error:.4f}: on the "
+        f"whole **{words} random search** with the same budget."
     )
 
 
@@ -160,7 +164,8 @@ def page(digits: dict[int, dict[str, Any]], slice_: dict[str, Any] | None, flags
             f"## CIFAR-100, each trial on a slice, {flags.trials} trials",
             "",
             "The default's main block and cloud are those of [cifar100.md](cifar100.md), 5,000 images to choose on; a "
-            f"trial trains extension and adaptive blocks on a slice of the 45,000 (`{flags.slice_flags}`).",
+            f"trial trains extension and adaptive blocks on a slice of the 45,000 (`{flags.slice_flags}`). Commit "
+            f'{slice_["optuna"]["commit"]}, `--base outputs/cifar100 --base-flags="..."` with that run\'s own flags.',
             "",
             *_table([_row("seed 0", slice_)]),
             "",

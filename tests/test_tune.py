@@ -24,7 +24,7 @@ from meanet.recipes import digits
 from meanet.replay import replay
 from meanet.study import Choice, FloatRange, IntRange, Measured, Space, Trial, read_trials, trial_id, write_trial
 from meanet.trial import rungs
-from meanet.tuning import Plan, StudySearch, distribution, draw
+from meanet.tuning import Plan, StudyScheduler, StudySearch, distribution, draw
 from tune_spaces.class_split import class_split
 
 TRIALS = 6
@@ -307,3 +307,25 @@ def test_gates_search_a_tables_policies(
 def test_more_workers_than_the_plan_allows() -> None:
     with pytest.raises(UserError, match="--workers-per-trial is -2: it must be 0 or more"):
         Plan(workers=-2)
+
+
+def test_scheduler_stops_the_worse_half_but_never_the_default() -> None:
+    @dataclass
+    class Tried:
+        """What the scheduler looks at of a trial."""
+
+        trial_id: str
+        config: dict[str, Any]
+
+    default = {"x": 0}
+    scheduler = StudyScheduler(default)
+    trials = [Tried(str(number), {"x": number}) for number in range(8)]
+    decisions: dict[int, list[str]] = {number: [] for number in range(8)}
+    for trial in reversed(trials):  # the later ones are better
+        scheduler.on_trial_add(None, trial)
+    for rung in (1, 2):
+        for number, trial in reversed(list(enumerate(trials))):
+            result = {"training_iteration": rung, "hypervolume": number / 10}
+            decisions[number].append(scheduler.on_trial_result(None, trial, result))
+    assert decisions[0] == ["CONTINUE", "CONTINUE"]
+    assert [decisions[number][1] for number in (7, 1, 2)] == ["CONTINUE", "STOP", "STOP"]

@@ -107,15 +107,28 @@ def run_trials(study: Study, splits: Splits, plan: Plan, name: str) -> list[Ende
     parameters = {"study": study, "splits": [ray.put(splits)], "workers": plan.workers}
     gpus = min(1, int(ray.cluster_resources().get("GPU", 0)))  # type: ignore[no-untyped-call]
     own = {"CPU": 1.0, "GPU": float(gpus)} if plan.workers == 0 else {"memory": float(_TRIAL_BYTES)}
-    scheduler = AsyncHyperBandScheduler(
-        metric="hypervolume",
-        mode="max",
-        max_t=RUNGS + 1,  # the last rung is the trial's own end
-        grace_period=_GRACE,
-        reduction_factor=_REDUCTION,
-    )
+    scheduler = StudyScheduler(study.space.first[0])
     trainable = tune.with_resources(tune.with_parameters(_trial, **parameters), own)
     return _fit(trainable, study, plan, name, scheduler)
+
+
+class StudyScheduler(AsyncHyperBandScheduler):
+    """ASHA on the front's hypervolume, which never stops the default: all fronts are compared with its front."""
+
+    def __init__(self, default: Params) -> None:
+        super().__init__(
+            metric="hypervolume",
+            mode="max",
+            max_t=RUNGS + 1,  # the last rung is the trial's own end
+            grace_period=_GRACE,
+            reduction_factor=_REDUCTION,
+        )
+        self._default = trial_id(default)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Go on or stop, now that a trial has shown a rung."""
+        decision = super().on_trial_result(tune_controller, trial, result)
+        return self.CONTINUE if trial_id(trial.config) == self._default else decision
 
 
 def run_functions(evaluate: Callable[[Params], Measured], study: Study, plan: Plan, name: str) -> list[Ended]:
