@@ -72,7 +72,7 @@ def synthetic(count: int, seed: int = 0) -> Exits:
 
 def front_of(exits: Exits) -> tuple[int, Points]:
     """What is timed: logits in memory -> how many points were compared, and the accuracy-joules front."""
-    compared, points = sweep_gate(Recorded(exits, COSTS), "main_entropy", range(1, CLASSES + 1))
+    compared, points = sweep_gate(Recorded(exits, COSTS), "main_entropy", range(1, CLASSES + 1), front_only=True)
     return compared, pareto_front(points)
 
 

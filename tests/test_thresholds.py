@@ -89,6 +89,8 @@ def test_what_the_sweep_keeps_holds_the_front_and_every_choice(
     swept = [sweep_gate(read, measure, range(4), z) for measure in MEASURES]
     kept = Points.join([points for _, points in swept])
     assert sum(compared for compared, _ in swept) == len(everything)
+    fronts = [sweep_gate(read, measure, range(4), front_only=True)[1] for measure in MEASURES]
+    np.testing.assert_allclose(pareto_front(Points.join(fronts)).joules, pareto_front(everything).joules)
     for front in (pareto_front, pareto_set):
         ours, theirs = front(kept), front(everything)
         np.testing.assert_allclose(ours.joules, theirs.joules)

@@ -7,30 +7,18 @@ import numpy as np
 from meanet.config import OperatingPointConfig
 from meanet.errors import UserError
 from meanet.routing import Bools, Floats, Ints
-from meanet.thresholds import Points
+from meanet.thresholds import Points, promising
 
 _ROUNDING = 1e-12
 
 
 def pareto_front(points: Points) -> Points:
     """The points that no other one beats in both accuracy (more) and joules (less), cheapest first."""
-    rows = _promising(points.accuracy, points.joules)
+    rows = promising(points.accuracy, points.joules)
     order = rows[np.lexsort((points.cloud_share[rows], -points.accuracy[rows], points.joules[rows]))]
     accuracy = points.accuracy[order]
     best_before = np.concatenate(([-np.inf], np.maximum.accumulate(accuracy)[:-1]))
     return points.take(order[accuracy > best_before])
-
-
-def _promising(accuracy: Floats, joules: Floats, bins: int = 4096) -> Ints:
-    """Places of the points that no point of a cheaper bin matches in accuracy: all of the front, and few others."""
-    if len(joules) < bins:
-        return np.arange(len(joules))
-    lowest, span = joules.min(), np.ptp(joules)
-    place = ((joules - lowest) * ((bins - 1) / (span or 1.0))).astype(np.int64)
-    best = np.full(bins, -np.inf)
-    np.maximum.at(best, place, accuracy)
-    before = np.concatenate(([-np.inf], np.maximum.accumulate(best)[:-1]))
-    return np.flatnonzero(accuracy > before[place])
 
 
 def pareto_set(points: Points) -> Points:

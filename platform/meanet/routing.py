@@ -27,6 +27,8 @@ Bools = NDArray[np.bool_]
 GATES: tuple[Gate, ...] = get_args(Gate)
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 """Complexities that a threshold is compared with; each is a gate of its own, too."""
+_BLOCK = 1024
+"""Rows that are read at a time: a hundred classes of them fit into a core's cache."""
 
 
 class Exit(IntEnum):
@@ -183,6 +185,9 @@ def read(logits: NDArray[np.floating[Any]], temperature: float = 1.0, classes: S
         temperature: divides the logits.
         classes: class id of each column; the column's number if None.
     """
+    if len(logits) > _BLOCK:
+        blocks = [read(logits[row : row + _BLOCK], temperature, classes) for row in range(0, len(logits), _BLOCK)]
+        return Reading(**{name: np.concatenate([vars(block)[name] for block in blocks]) for name in vars(blocks[0])})
     shifted: Floats = np.array(logits, dtype=np.float64)
     if temperature != 1.0:
         shifted /= temperature

@@ -164,6 +164,18 @@ def _staircase(value: NDArray[Any]) -> Ints:
     return np.append(np.flatnonzero(value[:-1] < lowest_after), len(value) - 1)
 
 
+def promising(accuracy: Floats, joules: Floats, bins: int = 4096) -> Ints:
+    """Places of the points that no point of a cheaper bin matches in accuracy: all of the front, and few others."""
+    if len(joules) < bins:
+        return np.arange(len(joules))
+    lowest, span = joules.min(), np.ptp(joules)
+    place = ((joules - lowest) * ((bins - 1) / (span or 1.0))).astype(np.int64)
+    best = np.full(bins, -np.inf)
+    np.maximum.at(best, place, accuracy)
+    before = np.concatenate(([-np.inf], np.maximum.accumulate(best)[:-1]))
+    return np.flatnonzero(accuracy > before[place])
+
+
 class _Collector:
     """Gathers chosen prefixes of many gates and sizes, and makes `Points` of them at the end."""
 
@@ -179,16 +191,20 @@ class _Collector:
         self._sizes.append(size)
         self._scores.append(sums.score)
 
-    def points(self) -> Points:
+    def points(self, *, front_only: bool = False) -> Points:
         counts = [len(row[0]) for row in self._rows]
         prefixes, *sums = (np.concatenate(column) for column in zip(*self._rows, strict=True))
-        sizes = np.repeat(self._sizes, counts)
+        place = np.repeat(np.arange(len(counts)), counts)
+        if front_only:
+            rows = promising(-sums[0].astype(np.float64), sums[2])  # numpy's `at` is slow where it must convert
+            prefixes, place, sums = prefixes[rows], place[rows], [values[rows] for values in sums]
+        sizes = np.array(self._sizes)[place]
         if all(score is self._scores[0] for score in self._scores):
             threshold = midway(self._scores[0], prefixes)
         else:
-            threshold = np.concatenate(
-                [midway(score, row[0]) for score, row in zip(self._scores, self._rows, strict=True)]
-            )
+            threshold = np.empty(len(prefixes))
+            for number, score in enumerate(self._scores):
+                threshold[place == number] = midway(score, prefixes[place == number])
         by = np.full(len(sizes), MEASURES.index(self._measure), dtype=np.int8)
         return points_of(
             self._recorded,
@@ -268,7 +284,9 @@ def every_point(recorded: Recorded, measure: Measure, size: int) -> Points:
     return collector.points()
 
 
-def sweep_gate(recorded: Recorded, measure: Measure, sizes: Iterable[int], z: float = 0.0) -> tuple[int, Points]:
+def sweep_gate(
+    recorded: Recorded, measure: Measure, sizes: Iterable[int], z: float = 0.0, *, front_only: bool = False
+) -> tuple[int, Points]:
     """Compare every distinct threshold at every split size; keep each size's points that could be chosen.
 
     Kept are, at each size, the points that no other of that size beats in accuracy and costs (joules, seconds and cloud
@@ -280,6 +298,7 @@ def sweep_gate(recorded: Recorded, measure: Measure, sizes: Iterable[int], z: fl
         measure: the gate.
         sizes: numbers of hard classes in use.
         z: standard errors that the bound of the loss lies above its estimate.
+        front_only: keep no more than what the accuracy-joules front over all sizes can hold.
 
     Returns:
         How many points were compared, and those that are left.
@@ -304,7 +323,7 @@ def sweep_gate(recorded: Recorded, measure: Measure, sizes: Iterable[int], z: fl
             bound = loss + z * np.sqrt(np.maximum(changed / count - loss**2, 0.0) / count)
             chosen = np.union1d(chosen, _staircase(bound))
         collector.add(size, sums, cuts[chosen])
-    return compared, collector.points()
+    return compared, collector.points(front_only=front_only)
 
 
 def check_sizes(exits: Exits, split_sizes: Iterable[int] | None) -> list[int]:
