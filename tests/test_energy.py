@@ -20,8 +20,8 @@ from meanet.errors import UserError
 from meanet.models.costs import count_bytes
 from meanet.profiles import PerMacDevice, available, built_in, embed, parse
 from meanet.recipes import digits
+from meanet.replay import replay
 from meanet.routing import Policy
-from meanet.thresholds import replay
 
 MACS = Macs(main=10, adaptive=2, extension=3, cloud=100)
 MOVED = BytesMoved(main=1000, adaptive=200, extension=300)
