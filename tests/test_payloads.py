@@ -99,7 +99,7 @@ def test_what_was_stored_before_bytes_moved_is_read(untrained: TrainedModel, spl
     del description["bytes_moved"]
     old = ExitsTable(written.replace_schema_metadata({b"meanet": json.dumps(description).encode()}))
     assert old.costs.main_joules == untrained.costs.main_joules
-    old.recipe = dataclasses.replace(old.recipe, energy=EnergyConfig(device="horowitz_45nm_dram"))
+    old.energy = EnergyConfig(device="horowitz_45nm_dram")
     with pytest.raises(UserError, match="evaluate again"):
         _ = old.costs
 
