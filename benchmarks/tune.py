@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import tyro
+from scipy.stats import t
 
 from meanet.study import FrontPoint, Reference, gain
 
@@ -122,12 +123,13 @@ def _table(rows: list[str]) -> list[str]:
 
 
 def _verdict(ratios: list[float]) -> str:
-    """Better only where the mean over seeds lies two standard errors above 1."""
+    """Better only where 1 lies below the 95% interval of the mean over seeds (Student's t)."""
     shown = ", ".join(f"{ratio:.4f}" for ratio in ratios)
     if len(ratios) < 2:
         return f"Final hypervolume, Optuna's / random search's: {shown}. One study says no more than that."
     mean, error = statistics.mean(ratios), statistics.stdev(ratios) / len(ratios) ** 0.5
-    words = "better than" if mean - 1 > 2 * error else "worse than" if 1 - mean > 2 * error else "no better than"
+    reach = float(t.ppf(0.975, len(ratios) - 1)) * error
+    words = "better than" if mean - 1 > reach else "worse than" if 1 - mean > reach else "no better than"
     return (
         f"Final hypervolume, Optuna's / random search's: {shown}; mean {mean:.4f}, standard error {error:.4f}: on the "
         f"whole **{words} random search** with the same budget."

@@ -25,7 +25,7 @@ from meanet.phases import phase_keys
 from meanet.replay import Outcome, replay
 from meanet.routing import Policy
 from meanet.storage import write_parquet, write_text
-from meanet.study import Trial, read_trials, trial_id, write_trial
+from meanet.study import Trial, read_front, read_trials, trial_id, write_trial
 from meanet.study_report import Chosen, Facts
 from meanet.tracking import Tracker
 from meanet.tuning import Ended, Plan, SearcherName
@@ -179,7 +179,8 @@ class StudyJob(ABC):
                 self.failed[name] = one.error
                 _progress.say(f"  trial {name} failed: {one.error}")
             elif name not in finished and one.measured is not None:
-                write_trial(Trial(name, one.params, "stopped", one.measured, ()), study.trials / name)
+                front = read_front(study.progress(name).with_suffix(".front.json"))
+                write_trial(Trial(name, one.params, "stopped", one.measured, front), study.trials / name)
         if not finished:
             raise UserError(
                 f"no trial of the study finished: {next(iter(self.failed.values()), 'none was started')}; mend that, "

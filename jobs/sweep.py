@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jobs import _cli
+from jobs import _cli, _progress
 from meanet.config import OperatingPointConfig
 from meanet.energy import Macs
 from meanet.errors import UserError, exit_on_user_error
@@ -56,6 +56,8 @@ class Flags:
     """A YAML file with further profiles; the recipe's own if not given."""
     tail: Literal["none", "amortised", "isolated"] | None = None
     """What the radio's tail adds to an upload; the recipe's own if not given."""
+    cloud_seconds: float | None = None
+    """What the cloud takes for an image, for latency; the recipe's own if not given."""
     uploads_per_second: float | None = None
     """Of the device, for an amortised tail; the recipe's own if not given."""
     hard_classes: tuple[int, ...] | None = None
@@ -69,7 +71,7 @@ class Flags:
 
 
 BOUNDS = ("max_energy", "max_cloud_share", "min_accuracy", "max_accuracy_loss_vs_cloud", "max_latency")
-_ENERGY = ("device", "link", "payload", "profiles", "tail", "uploads_per_second")
+_ENERGY = ("device", "link", "payload", "profiles", "tail", "uploads_per_second", "cloud_seconds")
 
 
 def sweep(table: ExitsTable, space: str, constraint: OperatingPointConfig, run: str | None) -> Search:
@@ -90,6 +92,8 @@ def read_table(flags: Flags) -> ExitsTable:
         description["macs"] = asdict(Macs(*flags.macs))
     table = ExitsTable.read(flags.exits, description)
     table.energy = embed(dataclasses.replace(table.energy, **_given(flags, _ENERGY)))
+    for split in ("validation", "test"):
+        table.exits(split)  # what is missing is said before anything is written
     return table
 
 
@@ -130,12 +134,26 @@ def _show_row(row: dict[str, Any]) -> None:
     )
 
 
+def _show_next(flags: Flags, output: Path | None) -> None:
+    if output is None:
+        return
+    folder = Path(flags.exits).parent
+    own = "" if output == folder / "operating_point.json" else f" --operating-point {output}"
+    has_model = (folder / "model").exists()
+    print(f"written to {output}" + (f"; next: python -m jobs.register {folder}{own}" if has_model else ""))
+
+
 @exit_on_user_error
 def main() -> None:
     """Command-line entry."""
     _cli.Environment.read()
     flags = _cli.parse("sweep", Flags)
     table = read_table(flags)
+    if flags.max_latency is not None and "without compute" in table.costs.latency_source:
+        _progress.say(
+            f"note: device {table.energy.device!r} has no speed, so that --max-latency bounds the link's time alone; "
+            "`python -m jobs.measure` writes a profile that has one"
+        )
     found = sweep(table, flags.space, constraint_of(flags, table.operating_point), run=None)
     output = flags.output or (None if "://" in flags.exits else Path(flags.exits).with_name("operating_point.json"))
     if output:
@@ -144,13 +162,22 @@ def main() -> None:
     if flags.json:
         print(json.dumps(result))
         return
-    print(f"{found.points} policies compared in {found.seconds:.2f} s; the accuracy-joules fronts:")
+    print(
+        f"{found.points} policies covered in {found.seconds:.2f} s (two_gate's by merging fronts of one); the "
+        f"accuracy-joules fronts, energy {result['joules_source']}, latency {result['latency_source']}:"
+    )
     _show(result)
     print("= : no different in accuracy from the operating point (bootstrap over validation images, 95%)")
     print(f"{len(result['pareto'])} policies are unbeaten in accuracy, joules, cloud share and latency together")
-    print(f"operating point {found.chosen['id']}: {json.dumps(found.chosen['expected'])}")
-    if output:
-        print(f"written to {output}; next: python -m jobs.register {output.parent}")
+    print(f"operating point {found.chosen['id']}, on validation: {json.dumps(found.chosen['expected'])}")
+    test = result["operating_point_on_test"]
+    low, high = test["accuracy_interval"]
+    print(
+        f"on test: accuracy {test['accuracy']:.2%} ({low:.2%}..{high:.2%}; cloud-only "
+        f"{test['accuracy_cloud_only']:.2%}), {1e6 * sum(test['joules'].values()):.2f} uJ an image, "
+        f"{test['share']['cloud']:.1%} to the cloud"
+    )
+    _show_next(flags, output)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Takes what is queued when free: no wait when nothing is queued, whole batches under load."""
 
 import asyncio
+import contextvars
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
@@ -28,7 +29,8 @@ class Batcher(Generic[Item]):
         """Queue items; must be called on the event loop's thread."""
         self._queue.extend(items)
         if self._busy is None or self._busy.done():
-            self._busy = asyncio.get_running_loop().create_task(self._drain())
+            loop, context = asyncio.get_running_loop(), contextvars.Context()  # a batch is no one request's
+            self._busy = loop.create_task(self._drain(), context=context)
 
     async def _drain(self) -> None:
         while self._queue:

@@ -34,17 +34,24 @@ class Breaker:
         return self._opened is None
 
     def claim_probe(self) -> bool:
-        """Whether the caller is to send the one probe; it then owes `record`."""
+        """Whether the caller is to send the one probe; it then owes `record_probe`."""
         if self.state != "half_open" or self._probing:
             return False
         self._probing = True
         return True
 
     def record(self, *, success: bool) -> None:
-        """A call or a probe is over."""
-        if success:
-            self._failed, self._opened, self._probing = 0, None, False
+        """A call of a request is over; one that was under way when the breaker opened changes nothing any more."""
+        if self._opened is not None:
             return
-        self._failed += 1
-        if self._probing or (self._opened is None and self._failed >= self.failures):
-            self._opened, self._probing = self._clock(), False
+        self._failed = 0 if success else self._failed + 1
+        if self._failed >= self.failures:
+            self._opened = self._clock()
+
+    def record_probe(self, *, success: bool) -> None:
+        """The probe is over: closed, or open for as long again."""
+        self._probing = False
+        if success:
+            self._failed, self._opened = 0, None
+        else:
+            self._opened = self._clock()

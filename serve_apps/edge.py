@@ -1,6 +1,7 @@
 """The edge's service, apart from HTTP and Ray: decoding, micro-batches, the cloud call and what happens without it."""
 
 import asyncio
+import contextvars
 import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -186,28 +187,32 @@ class EdgeService:
 
     def _beside(self, work: Coroutine[Any, Any, None]) -> None:
         """Let it run beside what follows."""
-        task = asyncio.get_running_loop().create_task(work)
+        task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())  # nobody's request alone
         self._waiting.add(task)
         task.add_done_callback(self._waiting.discard)
 
     async def _probe(self, group: "_Group") -> None:
         """Ask the cloud for a few images whose answers nobody waits for."""
-        rows = group.pending.rows[:_PROBE_IMAGES]
+        rows, success = group.pending.rows[:_PROBE_IMAGES], False
         try:
-            call = self._ask(group.images[rows])
-            answer = await asyncio.wait_for(call, self.settings.cloud_budget_s)
-            _checked(answer, len(rows), len(self.model.class_names))
+            call = asyncio.ensure_future(self._ask(group.images[rows]))
+            await asyncio.wait({call}, timeout=self.settings.cloud_budget_s)
+            _checked(_result(call), len(rows), len(self.model.class_names))
+            success = True
         except Exception:  # whatever it is, the cloud is not back
-            self.breaker.record(success=False)
-        else:
-            self.breaker.record(success=True)
+            success = False
+        finally:
+            self.breaker.record_probe(success=success)
 
     async def _ask_cloud(self, group: "_Group") -> None:
         """One call for all complex samples of a micro-batch; a sample whose time is up does not wait for it."""
         started, rows = time.monotonic(), group.pending.rows
         limits = {int(row): self._limit(group.tasks[row], started) for row in rows}
+        if max(limits.values()) <= started:
+            await self._answer_alone(group, rows, 0.0, "no time for the cloud")
+            return
         self._calls += 1
-        call: asyncio.Task[CloudAnswer] | None = None
+        call: asyncio.Future[CloudAnswer] | None = None
         try:
             images = await asyncio.to_thread(self._sent, group)
             call = asyncio.ensure_future(self._ask(images))
@@ -218,13 +223,13 @@ class EdgeService:
                 if late:
                     await self._answer_alone(group, np.array(late), time.monotonic() - started, "cloud timed out")
                     left = {row: limit for row, limit in left.items() if row not in late}
-            if not call.done():
-                raise TimeoutError
-            reading = _checked(call.result(), len(rows), len(self.model.class_names))
+            reading = _checked(_result(call), len(rows), len(self.model.class_names))
             self.breaker.record(success=True)
             self._accept(group, np.array(sorted(left), dtype=np.int64), reading, time.monotonic() - started)
         except Exception as error:  # a lost cloud raises many kinds; none may cost the client its answer
-            self.breaker.record(success=False)
+            in_haste = time.monotonic() - started < 0.95 * self.settings.cloud_budget_s
+            if not (isinstance(error, TimeoutError) and in_haste):  # clients' short deadlines say nothing of the cloud
+                self.breaker.record(success=False)
             reason = "cloud timed out" if isinstance(error, TimeoutError) else f"cloud failed: {type(error).__name__}"
             open_rows = np.array([row for row in limits if not group.tasks[row].answer.done()], dtype=np.int64)
             await self._answer_alone(group, open_rows, time.monotonic() - started, reason)
@@ -295,6 +300,16 @@ class EdgeService:
                 edge_only=group.policy.edge_only,
             ),
         )
+
+
+def _result(call: "asyncio.Future[CloudAnswer]") -> CloudAnswer:
+    """What a call has brought; not being over is a time-out, and being cancelled by others a failure like any other."""
+    if not call.done():
+        call.cancel()
+        raise TimeoutError
+    if call.cancelled():
+        raise ConnectionError("the call was cancelled")
+    return call.result()
 
 
 def _mask(rows: Ints, count: int) -> Bools:

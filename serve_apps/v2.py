@@ -142,7 +142,7 @@ def _parameters(plain: dict[str, Any]) -> dict[str, Any]:
     given = _object(plain.get("parameters"), "parameters")
     found = {name: given[name] for name in PARAMETERS if name in given}
     for name, value in found.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
         if not (isinstance(value, bool) if name == "edge_only" else number):
             raise RefusedError(
                 f"parameter {name} is {value!r}: it must be {'a boolean' if name == 'edge_only' else 'a number'}"
@@ -185,7 +185,7 @@ def _tensor(tensor: dict[str, Any], binary: bytes, limit: int) -> tuple[list[byt
         raise RefusedError(f"binary_data_size is {size!r} and {len(binary)} bytes follow the JSON")
     if kind == "BYTES":
         return _split(binary, shape[0]), None
-    wanted = int(np.prod(shape, dtype=np.int64))
+    wanted = math.prod(shape)
     if wanted != len(binary):
         raise RefusedError(f"UINT8 of shape {shape} has {wanted} bytes and {len(binary)} follow the JSON")
     return None, np.frombuffer(binary, dtype=np.uint8).reshape(shape)
@@ -204,8 +204,8 @@ def _from_json(kind: str, shape: list[int], data: list[Any]) -> tuple[list[bytes
         sound = all(isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255 for value in values)
     except ValueError:  # lists of different lengths
         sound, values = False, np.zeros(0)
-    if not sound or len(values) != np.prod(shape, dtype=np.int64):
-        raise RefusedError(f"the input's data must hold {np.prod(shape, dtype=np.int64)} whole numbers of 0..255")
+    if not sound or len(values) != math.prod(shape):
+        raise RefusedError(f"the input's data must hold {math.prod(shape)} whole numbers of 0..255")
     return None, values.astype(np.uint8).reshape(shape)
 
 

@@ -21,6 +21,7 @@ from meanet.errors import UserError
 from meanet.evaluation import ExitsTable
 from meanet.operating_point import Search, search
 from meanet.preprocessing import encode_png
+from meanet.replay import replay
 from meanet.routing import MEASURES, Exit, Policy, read_main, route
 from meanet.runtime import Cascade, EdgeRuntime
 
@@ -265,6 +266,8 @@ def test_users_own_table_is_swept() -> None:
         ({"upload_bytes_png": [-5] * 100}, OWN, "upload_bytes_png is -5 in row 0 .and 99 more"),
         ({"main_logits": [[0.0, 1.0]] * 99 + [[0.0]]}, OWN, "main_logits has lists of different lengths"),
         ({"main_logits": [1.0] * 100}, OWN, "main_logits holds double, and must hold lists"),
+        ({"cloud_pred_jpeg90": [77] * 100, "upload_bytes_jpeg90": [9] * 100}, OWN, "cloud_pred_jpeg90 is 77 in row 0"),
+        ({"main_logits": [[0.0, None, 1.0, 2.0]] * 100}, OWN, "main_logits has 100 lists with a missing number"),
         ({"split": [1] * 100}, OWN, "column split holds int64, and must hold text"),
         ({}, OWN | {"hard_classes": (3, 1, 0)}, "2 extension logits and 3 hard classes"),
         ({}, OWN | {"hard_classes": (3, 4)}, r"hard classes \[4\] must be distinct ids of the 4"),
@@ -296,6 +299,13 @@ def test_search_reports_test_beside_validation(table: ExitsTable, found: Search)
     assert answer["points"] > len(answer["front"]) > 0
     point = answer["operating_point"]
     policy = Policy.from_dict(point)
+    figures, cloud = replay(table.exits("test"), table.costs, policy), table.exits("test")
+    on_test = answer["operating_point_on_test"]
+    assert (on_test["accuracy"], on_test["joules"]) == (figures.accuracy, figures.joules)
+    assert on_test["accuracy_cloud_only"] == (cloud.cloud_pred == cloud.labels).mean()
+    low, high = on_test["accuracy_interval"]
+    assert low <= figures.accuracy <= high
+    assert on_test["joules_source"] == answer["joules_source"] == "modelled:horowitz_45nm+wifi"
     assert point["expected"]["accuracy"] > 0.5
     assert table.hard_classes[: len(policy.hard_classes)] == policy.hard_classes
     assert sum(point["expected"]["share"].values()) == pytest.approx(1)

@@ -211,6 +211,48 @@ def test_overload_is_refused_at_once_and_what_is_accepted_keeps_its_deadline(
     asyncio.run(run())
 
 
+def test_clients_in_haste_do_not_open_the_breaker(model: TrainedModel, bodies: list[bytes]) -> None:
+    policy = model.policy.with_request(threshold=ALL_TO_CLOUD)
+
+    async def run() -> None:
+        settings = Settings(cloud_budget_s=1.0, breaker_failures=2, reserve_s=0.0)
+        service = EdgeService(model, 1, lambda images: late(model, 0.3, images), settings)
+        await service.answer(bodies[:1], policy.with_request(edge_only=True))
+        for _ in range(4):
+            (answer,) = await service.answer(bodies[:1], policy, 0.15)
+            assert answer.reason == "cloud timed out"
+        assert service.breaker.state == "closed"
+        assert (await service.answer(bodies[:1], policy))[0].exit == "cloud"
+
+    asyncio.run(run())
+
+
+def test_cancelled_call_is_a_failure_and_a_cancelled_probe_is_over(model: TrainedModel, bodies: list[bytes]) -> None:
+    """Ray Serve cancels a request's calls when its client hangs up."""
+    policy, cancels = model.policy.with_request(threshold=ALL_TO_CLOUD), [True]
+
+    async def cloud(images: Images) -> CloudAnswer:
+        if cancels[0]:
+            raise asyncio.CancelledError
+        return await honest(model)(images)
+
+    async def run() -> None:
+        service = EdgeService(model, 1, cloud, Settings(breaker_failures=1, breaker_open_s=0.1))
+        (answer,) = await asyncio.wait_for(service.answer(bodies[:1], policy), 1.5)
+        assert answer.reason == "cloud failed: ConnectionError"
+        await asyncio.sleep(0.15)
+        await service.answer(bodies[:1], policy)  # beside it, a probe that is cancelled
+        await asyncio.sleep(0.05)
+        assert service.breaker.state == "open"
+        cancels[0] = False
+        await asyncio.sleep(0.15)
+        await service.answer(bodies[:1], policy)
+        await asyncio.sleep(0.1)
+        assert service.breaker.state == "closed"
+
+    asyncio.run(run())
+
+
 def test_too_many_calls_under_way_are_not_added_to(model: TrainedModel, bodies: list[bytes]) -> None:
     policy = model.policy.with_request(threshold=ALL_TO_CLOUD)
 

@@ -105,6 +105,16 @@ def test_what_the_sweep_keeps_holds_the_front_and_every_choice(
         assert choose(kept, constraint).joules[0] == pytest.approx(best)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_nothing_unbeaten_is_dropped_where_logits_are_not_finite_and_uploads_cheap(seed: int) -> None:
+    recorded = exits(3 * seed + 2, 12, ties=True)
+    read = Recorded(recorded, DEAR)
+    for measure in MEASURES:
+        everything = Points.join([every_point(read, measure, size) for size in range(4)])
+        kept = sweep_gate(read, measure, range(4))[1]
+        np.testing.assert_allclose(pareto_set(kept).joules, pareto_set(everything).joules)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 14), st.booleans())
 def test_two_gates_by_merging_are_the_best_of_all_pairs(seed: int, count: int, ties: bool) -> None:

@@ -20,10 +20,8 @@ class Intervals:
     """(P, 2) lower and upper end."""
     joules: Floats
     """(P, 2) J an image."""
-    same_as_previous: Bools
-    """(P,) whether zero lies in the interval of the paired difference in accuracy from the policy before."""
     same_as_reference: Bools
-    """(P,) the same, from the reference policy."""
+    """(P,) whether zero lies in the interval of the paired difference in accuracy from the reference policy."""
 
 
 def intervals(replayer: Replayer, policies: list[Policy], reference: Policy, seed: int = 0) -> Intervals:
@@ -37,11 +35,9 @@ def intervals(replayer: Replayer, policies: list[Policy], reference: Policy, see
         accuracy.append(drawn @ np.stack([found.pred == exits.labels for found in routed], axis=1))
         joules.append(drawn @ np.stack([joules_of(exits, replayer.costs, found) for found in routed], axis=1))
     own, other = np.split(np.concatenate(accuracy, axis=1), [len(policies)], axis=1)
-    previous = np.concatenate((own[:, :1], own[:, :-1]), axis=1)
     return Intervals(
         accuracy=_ends(own),
         joules=_ends(np.concatenate(joules, axis=1)[:, : len(policies)]),
-        same_as_previous=_holds_zero(own - previous),
         same_as_reference=_holds_zero(own - other),
     )
 

@@ -190,8 +190,9 @@ class ExitsTable:
         if payload not in self.payloads:
             known = ", ".join(self.payloads) or "none"
             raise UserError(
-                f"the exits table has no payload {payload!r} (it has {known}): choose one of these, or evaluate again "
-                f"with --energy.payload {payload}"
+                f"the exits table has no payload {payload!r} (it has {known}): choose one of these (--payload of "
+                f"jobs.sweep), or evaluate again with --energy.payload {payload}; it takes the columns "
+                f"upload_bytes_{payload} and {self._cloud_column(payload)}"
             )
         rows = self.table.filter(pa.compute.equal(self.table["split"], split))
         if not rows.num_rows:

@@ -35,7 +35,8 @@ def check_columns(table: pa.Table, source: str | Path, hard_classes: tuple[int, 
     for name in (*needed, *sizes):
         _check_type(table, name, source)
     num_classes: int = matrix(table["main_logits"], table.num_rows, "main_logits").shape[1]
-    for name in ("label", "cloud_pred"):
+    for name in ("label", *(name for name in table.column_names if name.startswith("cloud_pred"))):
+        _check_type(table, name, source)
         _check_range(table, name, 0, num_classes - 1, source)
     for name in sizes:
         _check_range(table, name, 0, 2**53, source)
@@ -88,7 +89,10 @@ def matrix(column: pa.ChunkedArray, count: int, name: str = "logits") -> NDArray
     Raises:
         UserError: lists of different lengths.
     """
-    flat = column.combine_chunks().flatten().to_numpy()
+    values = column.combine_chunks().flatten()
+    if values.null_count:
+        raise UserError(f"column {name} has {values.null_count} lists with a missing number: fill or drop these rows")
+    flat = values.to_numpy()
     width = len(flat) // count if count else 0
     lengths = pa.compute.list_value_length(column)
     if count and not (pa.compute.min(lengths).as_py() == width == pa.compute.max(lengths).as_py() and width):

@@ -19,7 +19,7 @@ from meanet.errors import UserError
 from meanet.evaluation import ExitsTable
 from meanet.fronts import choose, pareto_front, pareto_set
 from meanet.replay import Exits, Outcome, Replayer, replay
-from meanet.routing import GATES, MEASURES, Bools, Ints, Policy
+from meanet.routing import GATES, MEASURES, Bools, Floats, Ints, Policy
 from meanet.thresholds import Points, check_sizes, sweep_gate
 from meanet.two_gate import sweep_two_gates
 
@@ -120,7 +120,6 @@ class Search:
                     **_row(front, row, policy),
                     "accuracy_interval": found.accuracy[row].tolist(),
                     "joules_interval": found.joules[row].tolist(),
-                    "same_as_previous": bool(row and found.same_as_previous[row]),
                     "same_as_operating_point": bool(found.same_as_reference[row]),
                     "split": "validation",
                     "test": {
@@ -133,15 +132,34 @@ class Search:
                 }
             )
         pareto = [_row(self.pareto, row, self.policy(self.pareto, row, table)) for row in range(len(self.pareto))]
+        point = on["test"].replay(chosen)
+        (accuracy,), (joules,) = (values.tolist() for values in self._on_test(on["test"], chosen))
         return {
             "points": self.points,
             "seconds": self.seconds,
+            "joules_source": costs.tag,
+            "latency_source": costs.latency_source,
+            "operating_point_on_test": {
+                "accuracy": point.accuracy,
+                "accuracy_interval": accuracy,
+                "accuracy_cloud_only": float((on["test"].exits.cloud_pred == on["test"].exits.labels).mean()),
+                "joules": point.joules,
+                "joules_interval": joules,
+                "joules_source": point.joules_source,
+                "share": point.share,
+                "latency": point.seconds,
+            },
             "temperatures": self.temperatures,
             "front": rows,
             "front_size": len(self.front),
             "pareto": pareto,
             "operating_point": self.chosen,
         }
+
+    @staticmethod
+    def _on_test(test: Replayer, chosen: Policy) -> tuple[Floats, Floats]:
+        found = intervals(test, [chosen], chosen)
+        return found.accuracy, found.joules
 
     def policy(self, points: Points, row: int, table: ExitsTable) -> Policy:
         """One point of this search as a policy."""

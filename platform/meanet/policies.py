@@ -92,6 +92,7 @@ def random_routing(exits: Exits, costs: CostModel, policy: Policy, cloud_share: 
         share={name: mix(edge.share[name], cloud.share[name]) for name in edge.share},
         macs_edge=mix(edge.macs_edge, cloud.macs_edge),
         bytes_uploaded=mix(edge.bytes_uploaded, cloud.bytes_uploaded),
+        seconds=mix(edge.seconds, cloud.seconds),
         joules={name: mix(edge.joules[name], cloud.joules[name]) for name in edge.joules},
     )
 

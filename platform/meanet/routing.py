@@ -124,7 +124,7 @@ class Policy:
                 f"threshold {threshold}: the policy in force, gate {self.gate}, has {len(self.thresholds)} of them; "
                 "leave it out"
             )
-        thresholds = self.thresholds if threshold is None else (threshold,)
+        thresholds = self.thresholds if threshold is None else (float(threshold),)
         return replace(self, edge_only=self.edge_only or edge_only, thresholds=thresholds)
 
     def to_dict(self) -> dict[str, Any]:

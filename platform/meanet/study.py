@@ -248,6 +248,19 @@ def _point(plain: Mapping[str, Any]) -> FrontPoint:
     return FrontPoint(**{**plain, "thresholds": tuple(plain["thresholds"])})
 
 
+def write_front(front: Sequence[FrontPoint], path: Path) -> None:
+    """A front by itself."""
+    write_text(json.dumps([asdict(point) for point in front]), path)
+
+
+def read_front(path: Path) -> tuple[FrontPoint, ...]:
+    """What `write_front` wrote; nothing where it did not."""
+    try:
+        return tuple(_point(point) for point in json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError):
+        return ()
+
+
 def write_trial(trial: Trial, folder: Path) -> None:
     """trial.json of a folder."""
     write_text(json.dumps(trial.to_dict(), indent=1), folder / TRIAL)

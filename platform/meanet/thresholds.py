@@ -273,7 +273,7 @@ def midway(score: Floats, kept: Ints) -> Floats:
     middle = np.where(middle >= first_gone, last_kept, middle)
     middle = np.where(np.isinf(first_gone) & np.isfinite(last_kept), last_kept + 1.0, middle)
     middle = np.where(kept == 0, np.minimum(score[0], 0.0) - 1.0, middle)
-    return np.where(kept == len(score), np.inf, middle)
+    return np.where((kept == len(score)) | np.isinf(last_kept) & (kept > 0), np.inf, middle)
 
 
 def every_point(recorded: Recorded, measure: Measure, size: int) -> Points:
@@ -304,7 +304,8 @@ def sweep_gate(
         How many points were compared, and those that are left.
     """
     collector, compared = _Collector(recorded, measure), 0
-    falling = measure == "accepted_entropy" or recorded.cheaper_on_edge
+    always_paid = measure == "accepted_entropy" and bool(np.isfinite(recorded.main.entropy).all())
+    falling = always_paid or recorded.cheaper_on_edge
     count = recorded.exits.num_samples
     cuts: Ints | None = None
     for size, sums in GateSums(recorded, measure, sizes):

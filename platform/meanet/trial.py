@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,14 @@ from meanet.phases import PhaseStore, Trained, phase_keys
 from meanet.replay import Exits, replay
 from meanet.study import (
     TRIAL,
+    FrontPoint,
     Measured,
     Params,
     Trial,
     measure,
     read_trial,
     trial_id,
+    write_front,
     write_trial,
 )
 from meanet.training import MakeFeed, Trainer
@@ -174,8 +176,9 @@ class TrialRun:
         _replace(part, self.study.trials / self.id)
         self._say({"event": "end", "state": trial.state, **asdict(trial.measured), "seconds": trial.seconds})
 
-    def rung(self, number: int, epoch: int, measured: Measured) -> None:
-        """Say how a trial stands."""
+    def rung(self, number: int, epoch: int, measured: Measured, front: Sequence[FrontPoint]) -> None:
+        """Say how a trial stands; its front is what is left of it should it be stopped."""
+        write_front(front, self.study.progress(self.id).with_suffix(".front.json"))
         self._say({"event": "rung", "rung": number, "epoch": epoch, **asdict(measured)})
 
 
@@ -223,7 +226,7 @@ class Rung:
         exits = self.judge.exits(self.judge.networks.meanet.path, tuple(state.hard_classes))
         front = front_points(self.judge.sweep(exits))
         measured = measure(front, self._run.study.reference)
-        self._run.rung(self._at.index(row.epoch) + 1, row.epoch, measured)
+        self._run.rung(self._at.index(row.epoch) + 1, row.epoch, measured, front)
         self._show(measured)
 
 
