@@ -180,7 +180,7 @@ def trials(exits: Exits, costs: CostModel, sampler: str, count: int, seed: int) 
 
 
 def lost(sampled: Sampled, levels: Floats, ours: Floats, ours_test: Floats, on_test: Replayer) -> tuple[Floats, Floats]:
-    """At each level of joules that some trial keeps, how far the best of them lies below ours, on validation and test."""
+    """At each level of joules that some trial keeps, how far the best lies below ours, on validation and on test."""
     accuracy, joules = (np.array(column) for column in list(zip(*sampled.rows, strict=True))[:2])
     below, below_test = [], []
     for level, own, own_test in zip(levels, ours, ours_test, strict=True):
@@ -212,7 +212,7 @@ def versus(table: ExitsTable, flags: Flags) -> list[str]:
         "the cheapest to the dearest of the front; means over seeds, in brackets the worst seed's. An energy that no "
         "trial keeps is counted and left out of the losses.",
         "",
-        "| search | trials | CPU s | energies without a trial | lost on validation, mean | at most | lost on test, mean |",
+        "| search | trials | CPU s | energies without a trial | lost on validation, mean | at most | on test, mean |",
         "|---|---|---|---|---|---|---|",
     ]
     for sampler in ("random", "Optuna TPE"):
