@@ -18,7 +18,7 @@ __all__ = ["head"]  # the fixture of a separately started cluster
 
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```sh\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-MAKE, JOBS, DESCRIBE, HTTP, REGISTRY, CLUSTER = range(6)
+MAKE, JOBS, SEARCH, DESCRIBE, HTTP, REGISTRY, CLUSTER = range(7)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def run(block: str, checkout: Path) -> str:
 
 
 def test_there_are_these_blocks_and_no_others() -> None:
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
     assert BLOCKS[MAKE].split() == ["make", "demo", "make", "test"]
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"`?make (\w+)`?", TEXT):
@@ -61,6 +61,10 @@ def test_jobs_then_http_then_registry(checkout: Path) -> None:
     said = run(BLOCKS[JOBS], checkout)
     assert "operating point" in said
     assert "meanet champion is version 1" in said
+    searched = run(BLOCKS[SEARCH], checkout)
+    assert "on test: accuracy" in searched
+    assert "jobs.register outputs/digits --operating-point lte.json" in searched
+    assert "python -m jobs.register" in searched.split("Union hypervolume")[1]
     described = run(BLOCKS[DESCRIBE], checkout)
     assert "69.13 M" in described
     assert "modelled:horowitz_45nm+lte" in described
