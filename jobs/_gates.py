@@ -13,7 +13,8 @@ from meanet.artifact import TrainedModel
 from meanet.data import Splits
 from meanet.errors import UserError
 from meanet.evaluation import ExitsTable
-from meanet.judge import Policies, Study, reference_of
+from meanet.judge import Study, reference_of
+from meanet.operating_point import PolicySpace
 from meanet.per_class import Evaluation, ExactFront, exact_front, starts
 from meanet.routing import MEASURES, Policy
 from meanet.study import Trial
@@ -71,7 +72,7 @@ class GatesStudy(StudyJob):
             root=str(self.root),
             recipe=self.recipe,
             space=gates(exits.num_classes, len(exits.hard_classes), first),
-            policies=Policies(MEASURES),
+            policies=PolicySpace(MEASURES),
             reference=reference,
             exits=exits,
             run=self.mlflow_run,

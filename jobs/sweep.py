@@ -77,7 +77,7 @@ _ENERGY = ("device", "link", "payload", "profiles", "tail", "uploads_per_second"
 def sweep(table: ExitsTable, space: str, constraint: OperatingPointConfig, run: str | None) -> Search:
     """The sweep stage."""
     policies = SPACES[space]()
-    sizes = range(min(policies.smallest_split, len(table.hard_classes)), len(table.hard_classes) + 1)
+    sizes = policies.sizes(len(table.hard_classes))
     return search(table, constraint, policies.gates, sizes, run, scaled=policies.scaled)
 
 

@@ -19,7 +19,7 @@ from meanet.artifact import TrainedModel
 from meanet.config import Recipe
 from meanet.errors import UserError, exit_on_user_error
 from meanet.evaluation import ExitsTable, exits_table
-from meanet.judge import Policies, Study, reference_of
+from meanet.judge import Study, reference_of
 from meanet.operating_point import Search
 from meanet.routing import Policy
 from meanet.study import Space, Trial, trial_id
@@ -66,12 +66,11 @@ class TrainedStudy(StudyJob):
     def study(self, table: ExitsTable) -> Study:
         """With the default's main block and cloud."""
         exits = table.exits("validation")
-        asked = policies.SPACES[self.flags.policies]()
         return Study(
             root=str(self.root),
             recipe=self.recipe,
             space=self.space,
-            policies=Policies(asked.gates, asked.smallest_split, asked.scaled),
+            policies=policies.SPACES[self.flags.policies](),
             reference=reference_of(exits, table.costs),
             exits=exits,
             run=self.mlflow_run,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from untrained import Call, caller, run_folder_of, untrained_model
 
 from meanet import artifact, data
 from meanet.artifact import TrainedModel
@@ -69,3 +70,18 @@ def model(state: State, splits: Splits, table: ExitsTable) -> TrainedModel:
 
 def state_recipe(state: State) -> Recipe:
     return Recipe.from_dict(state.recipe)
+
+
+@pytest.fixture(scope="module")
+def untrained(splits: Splits) -> TrainedModel:
+    return untrained_model(splits)
+
+
+@pytest.fixture
+def run_folder(untrained: TrainedModel, tmp_path: Path) -> Path:
+    return run_folder_of(untrained, tmp_path)
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
+    return caller(tmp_path, monkeypatch, capsys)

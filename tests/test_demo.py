@@ -160,7 +160,7 @@ def test_operating_point_was_chosen_on_validation_alone(demo: Demo) -> None:
     split = table.table["split"].to_pylist()
     validation = ExitsTable(table.table.filter([name == "validation" for name in split]))
     space = SPACES["early_gates"]()
-    sizes = range(space.smallest_split, len(table.hard_classes) + 1)
+    sizes = space.sizes(len(table.hard_classes))
     found = search(validation, digits().operating_point, space.gates, sizes)
     assert found.chosen["id"] == demo.report["operating_point"]["id"]
     policy = Policy.from_dict(demo.report["operating_point"])

@@ -6,33 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from untrained import Call, caller, run_folder_of, untrained_model
+from untrained import Call
 
 from jobs import describe, measure
 from meanet.artifact import TrainedModel
 from meanet.config import EnergyConfig
-from meanet.data import Splits
 from meanet.energy import Energy, Macs, cost_model
 from meanet.errors import UserError
 from meanet.meters import Found, NvmlMeter, RaplMeter, find_meter, measured
 from meanet.profiles import TimedDevice, available
 
 MACS = Macs(main=10, adaptive=2, extension=3, cloud=100)
-
-
-@pytest.fixture(scope="module")
-def untrained(splits: Splits) -> TrainedModel:
-    return untrained_model(splits)
-
-
-@pytest.fixture
-def run_folder(untrained: TrainedModel, tmp_path: Path) -> Path:
-    return run_folder_of(untrained, tmp_path)
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
-    return caller(tmp_path, monkeypatch, capsys)
 
 
 def rapl(root: Path, zones: dict[str, tuple[str, int, int]]) -> Path:
@@ -113,7 +97,7 @@ def test_tag_of_the_model_where_there_is_no_meter(tmp_path: Path) -> None:
         ran.append(1)
         return 1
 
-    assert measured(work, found.meter, costs.energy(0.5)) == Energy(0.5, "modelled:horowitz_45nm+lte")
+    assert measured(work, found.meter, Energy(0.5, costs.tag)) == Energy(0.5, "modelled:horowitz_45nm+lte")
     assert ran == [1]
 
 

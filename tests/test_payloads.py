@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from untrained import Call, caller, run_folder_of, untrained_model
+from untrained import Call
 
 from jobs import evaluate
 from meanet import artifact
@@ -17,21 +17,6 @@ from meanet.data import Splits
 from meanet.errors import UserError
 from meanet.evaluation import ExitsTable, exits_table
 from meanet.preprocessing import encode_jpeg, encode_png, transmit
-
-
-@pytest.fixture(scope="module")
-def untrained(splits: Splits) -> TrainedModel:
-    return untrained_model(splits)
-
-
-@pytest.fixture
-def run_folder(untrained: TrainedModel, tmp_path: Path) -> Path:
-    return run_folder_of(untrained, tmp_path)
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
-    return caller(tmp_path, monkeypatch, capsys)
 
 
 def with_payload(model: TrainedModel, payload: str) -> TrainedModel:

@@ -1,4 +1,4 @@
-"""Studies without Ray: spaces, fronts, what phases are known by, and a whole trial in this process."""
+"""Studies without Ray: fronts, what phases are known by, and a whole trial in this process."""
 
 import dataclasses
 import json
@@ -15,36 +15,30 @@ from hypothesis import strategies as st
 from jobs._study import Record, StudyFolder, TrialLog
 from meanet import artifact
 from meanet.artifact import TrainedModel
-from meanet.config import Measure, ModelConfig, Recipe
+from meanet.config import ModelConfig, Recipe
 from meanet.data import Splits
 from meanet.energy import CostModel
 from meanet.errors import UserError
 from meanet.evaluation import ExitsTable, exits_table
 from meanet.fronts import pareto_front
-from meanet.judge import Policies, Study, reference_of
+from meanet.judge import Study, reference_of
 from meanet.loop import SingleProcess
-from meanet.operating_point import policy_of, sweep
-from meanet.per_class import Evaluation, Levels, exact_front, starts
+from meanet.operating_point import PolicySpace, sweep
 from meanet.phases import PhaseStore, Trained, phase_keys
-from meanet.recipes import RECIPES, digits, nominal
-from meanet.replay import Exits, Replayer, replay
-from meanet.routing import MEASURES, Policy
+from meanet.recipes import RECIPES, digits
+from meanet.replay import Exits, replay
+from meanet.routing import Policy
 from meanet.study import (
-    Choice,
-    FloatRange,
     FrontPoint,
-    IntRange,
     Measured,
     Params,
     Reference,
-    Space,
     Trial,
     gain,
     hypervolumes,
     measure,
     read_trial,
     read_trials,
-    set_fields,
     trial_id,
     union_front,
     write_trial,
@@ -57,110 +51,8 @@ from meanet.training import build_networks, resident_feed
 from meanet.trial import Rung, TrialRun, keep_base, rungs
 from tune_spaces.blocks import blocks
 from tune_spaces.class_split import class_split
-from tune_spaces.gates import gates
-from tune_spaces.joint import joint
-from tune_spaces.training import training
 
-SPACES = (class_split, blocks, training, joint)
-POLICIES = Policies(("main_entropy", "max_softmax"), smallest_split=1)
-
-
-def drawn(space: Space, generator: np.random.Generator) -> Params:
-    """Any configuration of a space."""
-    params: Params = {}
-    for name, domain in space.parameters.items():
-        if isinstance(domain, Choice):
-            params[name] = domain.values[int(generator.integers(len(domain.values)))]
-        elif isinstance(domain, IntRange):
-            params[name] = int(generator.integers(domain.low, domain.high + 1))
-        else:
-            params[name] = float(generator.uniform(domain.low, domain.high))
-    return params
-
-
-# Spaces
-
-
-@pytest.mark.parametrize("recipe_name", ["digits", "cifar100_resnet32_a", "cifar100_resnet32_b_fast"])
-@pytest.mark.parametrize("make", SPACES)
-def test_every_configuration_builds_networks(make, recipe_name: str) -> None:  # type: ignore[no-untyped-def]
-    recipe, (shape, classes) = RECIPES[recipe_name](), nominal(recipe_name)
-    recipe = dataclasses.replace(
-        recipe, model=dataclasses.replace(recipe.model, cloud_backbone="residual", cloud=recipe.model.main)
-    )
-    space, generator = make(recipe, classes), np.random.default_rng(0)
-    for _ in range(12):
-        changed = space.apply(recipe, drawn(space, generator))
-        networks = build_networks(changed, shape, classes)
-        images = torch.zeros(2, *shape)
-        with torch.inference_mode():
-            features, logits = networks.meanet.eval().main(images)
-            assert logits.shape == (2, classes)
-            assert networks.meanet.path(images, features).shape == (2, changed.split.size(classes))
-
-
-@pytest.mark.parametrize("make", SPACES)
-@pytest.mark.parametrize("recipe_name", sorted(RECIPES))
-def test_default_is_the_recipe(make, recipe_name: str) -> None:  # type: ignore[no-untyped-def]
-    """The first configuration trains what the recipe trains: it shares every phase with it."""
-    recipe, classes = RECIPES[recipe_name](), nominal(recipe_name)[1]
-    space = make(recipe, classes)
-    assert phase_keys(space.apply(recipe, space.first[0]), "d", classes) == phase_keys(recipe, "d", classes)
-
-
-def test_mobilenet_varies_its_join_alone_and_resnet18_keeps_its_main_block() -> None:
-    mobile = RECIPES["imagenet_mobilenetv2_b"]()
-    assert set(blocks(mobile, 1000).parameters) == {"model.join"}
-    assert blocks(mobile, 1000).apply(mobile, {"model.join": "sum"}).model.join == "sum"
-    with pytest.raises(UserError, match=r"blocks.main_blocks cannot vary for a mobilenet_v2 main block"):
-        blocks(mobile, 1000).apply(mobile, {"model.join": "sum", "blocks.main_blocks": 3})
-    resnet = RECIPES["imagenet_resnet18_b"]()
-    space = blocks(resnet, 1000)
-    assert "blocks.main_blocks" not in space.parameters
-    widened = space.apply(resnet, {**space.first[0], "blocks.adaptive_width": 0.5})
-    assert [stage.width for stage in widened.model.adaptive] == [32, 64, 128, 512], "the last meets the main features"
-
-
-def test_cut_main_block_hands_its_strides_on() -> None:
-    """ResNet-32 B cut after its second stage: what is read of its features has the size that it had."""
-    recipe = RECIPES["cifar100_resnet32_b"]()
-    space = blocks(recipe, 100)
-    model = space.apply(recipe, {**space.first[0], "blocks.main_blocks": 7}).model
-    assert [(s.width, s.blocks, s.stride) for s in model.main] == [(16, 5, 1), (32, 2, 2)]
-    assert [(s.width, s.stride) for s in model.adaptive] == [(16, 1), (32, 2)]
-    assert (model.main_pool, model.extension[0].stride) == (16, 2)
-    longer = space.apply(recipe, {**space.first[0], "blocks.main_blocks": 17}).model
-    assert longer.main[-1].blocks == 7
-
-
-def test_milestones_keep_their_share_of_the_epochs() -> None:
-    recipe = RECIPES["cifar100_resnet32_b"]()
-    space = training(recipe, 100)
-    halved = space.apply(recipe, {**space.first[0], "extension.epochs": 90})
-    assert halved.extension.milestones == (30, 60, 80)
-    assert halved.main == recipe.main
-    cycle = space.apply(recipe, {**space.first[0], "extension.schedule": "one_cycle"})
-    assert cycle.extension.milestones == ()
-    fast = RECIPES["cifar100_resnet32_b_fast"]()
-    steps = training(fast, 100).apply(fast, {**training(fast, 100).first[0], "extension.schedule": "steps"})
-    assert steps.extension.milestones == (10, 20, 27)
-
-
-def test_domains_name_what_is_wrong() -> None:
-    with pytest.raises(UserError, match="a range from 3 to 2 holds no number"):
-        IntRange(3, 2)
-    with pytest.raises(UserError, match=r"a range from 0.0 to 1.0: give it low < high, and above 0"):
-        FloatRange(0.0, 1.0, log=True)
-    with pytest.raises(UserError, match="needs one value or more"):
-        Choice(())
-    with pytest.raises(AssertionError, match=r"\['a'\]"):
-        Space("s", {"a": IntRange(1, 2)}, ({"a": 3},))
-
-
-def test_set_fields_changes_what_is_named() -> None:
-    changed = set_fields(digits(), {"extension.epochs": 3, "model.join": "sum", "extension.learning_rate": 0.5})
-    assert (changed.extension.epochs, changed.extension.learning_rate, changed.model.join) == (3, 0.5, "sum")
-    assert (changed.main, changed.extension.batch_size) == (digits().main, digits().extension.batch_size)
+POLICIES = PolicySpace(("main_entropy", "max_softmax"), smallest_split=1)
 
 
 # Fronts
@@ -399,59 +291,6 @@ def study_main_macs(study: Study) -> int:
     from meanet.models import macs_of
 
     return macs_of(networks.meanet, networks.cloud, (1, 8, 8)).main
-
-
-# Policies with a threshold a class
-
-
-@pytest.mark.parametrize("by", MEASURES)
-def test_levels_and_thresholds_are_two_names_of_one_policy(table: ExitsTable, by: Measure) -> None:
-    """Any policy of one threshold, translated to levels and back, sends the same samples."""
-    exits, costs = table.exits("validation"), table.costs
-    levels = Levels(exits)
-    points = sweep(exits, costs, (by,), (0, 3, 5)).points
-    for row in range(0, len(points), max(1, len(points) // 25)):
-        one = policy_of(points, row, exits.hard_classes)
-        many = levels.policy(levels.params(one))
-        assert (many.gate, many.measures, len(many.thresholds)) == ("per_class", (by,), 10)
-        single, several = replay(exits, costs, one), replay(exits, costs, many)
-        assert several.accuracy == single.accuracy
-        assert several.share == single.share
-        assert several.total_joules == pytest.approx(single.total_joules)
-
-
-def test_a_level_is_the_share_that_stays(table: ExitsTable) -> None:
-    exits = table.exits("validation")
-    space = gates(10, 5, ())
-    params: Params = dict.fromkeys(space.parameters, 0.5) | {"measure": "margin", "num_hard_classes": 0}
-    routed = Replayer(exits, table.costs).route(Levels(exits).policy(params))
-    pred = Replayer(exits, table.costs).route(Policy()).pred
-    for class_id in range(10):
-        own = pred == class_id
-        assert (routed.exit[own] == 0).sum() == pytest.approx(own.sum() / 2, abs=0.5)
-    all_sent = Levels(exits).policy(dict.fromkeys(space.parameters, 0.0) | {"measure": "margin", "num_hard_classes": 0})
-    assert replay(exits, table.costs, all_sent).share["cloud"] == 1
-
-
-def test_sampled_study_is_never_worse_than_where_it_starts(tmp_path: Path, table: ExitsTable, recipe: Recipe) -> None:
-    exits, costs, constraint = table.exits("validation"), table.costs, recipe.operating_point
-    reference = reference_of(exits, costs)
-    exact = exact_front(exits, costs, constraint, reference)
-    first = starts(exits, exact, 6)
-    assert gates(10, 5, first).first == first
-    assert 2 <= len(first) <= 6
-    evaluate = Evaluation(exits, costs, recipe.energy, constraint, reference, str(tmp_path), None)
-    found = [evaluate(params) for params in first]
-    default = read_trial(tmp_path / trial_id(first[0]))
-    assert default is not None
-    assert default.operating_point is not None, "the exact search's choice keeps the constraint in this form, too"
-    outcome = replay(exits, costs, exact.chosen)
-    assert (default.front[0].accuracy, default.front[0].joules) == (outcome.accuracy, outcome.total_joules)
-    whole = reference.hypervolume(
-        np.array([p.accuracy for p in exact.front]), np.array([p.joules for p in exact.front])
-    )
-    assert 0 < max(one.hypervolume for one in found) <= whole
-    assert gain([p for t in read_trials(tmp_path) for p in t.front], exact.front).accuracy <= 1e-12
 
 
 def test_damaged_record_is_named(tmp_path: Path) -> None:

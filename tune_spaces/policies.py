@@ -1,21 +1,7 @@
 """What the exact search of `jobs.sweep` varies: everything that moves a gate and needs no training."""
 
-from dataclasses import dataclass
-
-from meanet.config import Gate
+from meanet.operating_point import PolicySpace
 from meanet.routing import MEASURES
-
-
-@dataclass(frozen=True)
-class PolicySpace:
-    """Every distinct threshold of each gate, at each split size."""
-
-    gates: tuple[Gate, ...]
-    """What is compared with a threshold."""
-    smallest_split: int = 0
-    """Fewest hard classes in use; the most are the trained H."""
-    scaled: bool = False
-    """Each gate with temperature-scaled logits, too."""
 
 
 def all_gates() -> PolicySpace:

@@ -101,10 +101,6 @@ class CostModel:
         sending = np.asarray(num_bytes, dtype=np.float64) * self.link.joules_per_byte
         return sending + tail_joules(self.link, self.tail, self.uploads_per_second)
 
-    def energy(self, joules: float) -> Energy:
-        """Joules of this model under its tag."""
-        return Energy(joules, self.tag)
-
     @property
     def main_seconds(self) -> float:
         """Time of the main block, s per image; 0 where the device's speed is not known."""

@@ -17,12 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from meanet.config import Gate, Recipe
+from meanet.config import Recipe
 from meanet.data import Splits
 from meanet.energy import CostModel, cost_model
 from meanet.fronts import pareto_front
 from meanet.models import bytes_moved_of, macs_of
-from meanet.operating_point import Swept, policy_of, sweep
+from meanet.operating_point import PolicySpace, Swept, policy_of, sweep
 from meanet.phases import PhaseStore
 from meanet.preprocessing import Preprocessing
 from meanet.replay import Exits, replay
@@ -35,18 +35,6 @@ _FEATURES_BYTES = 2**30
 
 
 @dataclass(frozen=True)
-class Policies:
-    """What the exact sweep of a trial's exits compares."""
-
-    gates: tuple[Gate, ...]
-    """Measures of complexity, and `two_gate`."""
-    smallest_split: int = 0
-    """Fewest hard classes in use; the most are the trained H."""
-    scaled: bool = False
-    """Each gate with temperature-scaled logits, too."""
-
-
-@dataclass(frozen=True)
 class Study:
     """What all trials of a study share; it travels to them."""
 
@@ -56,7 +44,7 @@ class Study:
     """The default."""
     space: Space
     """What varies."""
-    policies: Policies
+    policies: PolicySpace
     """What the exact sweep compares."""
     reference: Reference
     """The corner from which fronts are measured."""
@@ -117,12 +105,12 @@ class Judge:
 
     def sweep(self, exits: Exits) -> Swept:
         """Every policy of the study's."""
-        policies, trained = self.study.policies, len(exits.hard_classes)
+        policies = self.study.policies
         return sweep(
             exits,
             self.costs,
             policies.gates,
-            range(min(policies.smallest_split, trained), trained + 1),
+            policies.sizes(len(exits.hard_classes)),
             scaled=policies.scaled,
             confidence=self.study.recipe.operating_point.confidence,
         )

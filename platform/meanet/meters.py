@@ -155,11 +155,6 @@ def find_meter(device: Device, *, gpu: str | None = None, root: Path = RAPL_ROOT
     return Found(meter, "NVML's counter of the GPU" if device == "cuda" else "RAPL's counters of the CPU")
 
 
-def meter(device: Device) -> Meter | None:
-    """As `find_meter`, for those who need no words."""
-    return find_meter(device).meter
-
-
 def measured(work: Callable[[], int], meter: Meter | None, modelled: Energy) -> Energy:
     """Joules of one unit of work, an image say.
 

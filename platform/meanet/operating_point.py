@@ -25,6 +25,22 @@ from meanet.two_gate import sweep_two_gates
 
 
 @dataclass(frozen=True)
+class PolicySpace:
+    """Every distinct threshold of each gate, at each split size."""
+
+    gates: tuple[Gate, ...]
+    """Measures of complexity, and `two_gate`."""
+    smallest_split: int = 0
+    """Fewest hard classes in use; the most are the trained H."""
+    scaled: bool = False
+    """Each gate with temperature-scaled logits, too."""
+
+    def sizes(self, trained: int) -> range:
+        """Split sizes of a model whose extension was trained on so many hard classes."""
+        return range(min(self.smallest_split, trained), trained + 1)
+
+
+@dataclass(frozen=True)
 class Swept:
     """What comparing every policy of some gates left."""
 

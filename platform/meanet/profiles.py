@@ -105,15 +105,6 @@ class TimedDevice:
     sources: Mapping[str, str] = field(default_factory=dict)
     """Field -> where its number comes from."""
 
-    @property
-    def joules_per_mac(self) -> float:
-        """There is none.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(f"device {self.name!r} is timed: it has joules by block, not by MAC")
-
     def joules(self, macs: Macs, moved: BytesMoved | None) -> Blocks:
         """Of each block, J per image; by the clock, whatever the MACs."""
         seconds = self.seconds

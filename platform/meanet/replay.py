@@ -135,7 +135,7 @@ def outcome(exits: Exits, costs: CostModel, routed: Routed, *, main_runs: bool =
         macs_edge=float(macs),
         bytes_uploaded=float((gone * exits.upload_bytes).mean()),
         joules={
-            "edge_compute": float(costs.main_joules * main_runs + extended * costs.extension_joules),
+            "edge_compute": costs.compute_joules(main_runs=main_runs, extended_share=float(extended)),
             "upload": float((gone * costs.upload_joules(exits.upload_bytes)).mean()),
         },
         joules_source=costs.tag,
