@@ -13,7 +13,7 @@ import tyro
 
 from meanet.config import Recipe
 from meanet.errors import UserError
-from meanet.profiles import embed
+from meanet.profile_files import embed
 from meanet.recipes import RECIPES, recipe
 from meanet.tracking import store_uri
 

@@ -25,7 +25,8 @@ from meanet.energy import Energy
 from meanet.errors import UserError, exit_on_user_error
 from meanet.meters import Device, Meter, find_meter, measured
 from meanet.models.costs import joined_shape
-from meanet.profiles import Blocks, available, parse, timed_device
+from meanet.profile_files import available, parse, timed_device
+from meanet.profiles import Blocks
 from meanet.storage import writable_directory, write_text
 
 BLOCKS = ("main", "adaptive", "extension")

@@ -14,7 +14,7 @@ from meanet.energy import Macs
 from meanet.errors import UserError, exit_on_user_error
 from meanet.evaluation import ExitsTable
 from meanet.operating_point import Search, search
-from meanet.profiles import embed
+from meanet.profile_files import embed
 from meanet.storage import write_text
 from tune_spaces.policies import SPACES
 

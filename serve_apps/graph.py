@@ -36,21 +36,13 @@ from serve_apps.http import (
     BatchAnswer,
     Health,
     ModelDescription,
+    Wishes,
     read_body,
     read_images,
 )
 
 api = FastAPI(title="MEANet", description="Images in, classes out; each answer says which exit gave it.")
-EdgeOnly = Annotated[bool, Query(description="Nothing of this request leaves the edge.")]
-Threshold = Annotated[
-    float | None,
-    Query(allow_inf_nan=False, description="In place of the operating point's threshold, in its gate's unit."),
-]
-
-
-DeadlineMs = Annotated[
-    float | None, Query(gt=0, allow_inf_nan=False, description="Time for the whole request, the server's own at most.")
-]
+Asked = Annotated[Wishes, Query()]
 
 
 class AppArgs(BaseModel):
@@ -102,28 +94,16 @@ class Edge:
         self._service = EdgeService(_load(tracking_uri, version), version, ask_cloud)
 
     @api.post("/v1/classify", openapi_extra=ONE_IMAGE)
-    async def classify(
-        self,
-        request: Request,
-        edge_only: EdgeOnly = False,
-        threshold: Threshold = None,
-        deadline_ms: DeadlineMs = None,
-    ) -> Answer:
+    async def classify(self, request: Request, wishes: Asked) -> Answer:
         """Classify one image: PNG or JPEG bytes in the body."""
         body = await read_body(request, MAX_IMAGE_BYTES)
-        return (await self._answer([body], edge_only, threshold, deadline_ms))[0]
+        return (await self._answer([body], wishes))[0]
 
     @api.post("/v1/classify/batch", openapi_extra=MANY_IMAGES)
-    async def classify_batch(
-        self,
-        request: Request,
-        edge_only: EdgeOnly = False,
-        threshold: Threshold = None,
-        deadline_ms: DeadlineMs = None,
-    ) -> BatchAnswer:
+    async def classify_batch(self, request: Request, wishes: Asked) -> BatchAnswer:
         """Classify many images in one request: multipart files, or an Arrow IPC stream with a column `image`."""
         images = await read_images(request)
-        return BatchAnswer(answers=await self._answer(images, edge_only, threshold, deadline_ms))
+        return BatchAnswer(answers=await self._answer(images, wishes))
 
     # The Open Inference Protocol v2
 
@@ -170,12 +150,12 @@ class Edge:
         body = await read_body(request, MAX_BATCH_BYTES)
         try:
             asked = await asyncio.to_thread(v2.read, body, request.headers.get(v2.HEADER_LENGTH), MAX_BATCH_IMAGES)
-        except v2.RefusedError as error:
+            wishes = Wishes.model_validate(asked.parameters)
+        except ValueError as error:  # of either
             raise HTTPException(400, str(error)) from error
-        wishes = {key: asked.parameters.get(key) for key in ("threshold", "deadline_ms")}
         images = asked.pixels if asked.encoded is None else asked.encoded
         assert images is not None, "a request has one or the other"
-        answers = await self._answer(images, bool(asked.parameters.get("edge_only")), **wishes)
+        answers = await self._answer(images, wishes)
         written = v2.respond(asked, answers, MODEL, self._service.version)
         return Response(written.body, headers=written.headers)
 
@@ -196,7 +176,7 @@ class Edge:
         """Classify as `mlflow models serve` would: images in base64, as a frame or as inputs."""
         body = await read_body(request, MAX_BATCH_BYTES)
         images = invocations.read(body, request.headers.get("content-type", ""), MAX_BATCH_IMAGES)
-        answers = await self._answer(images, edge_only=False, threshold=None, deadline_ms=None)
+        answers = await self._answer(images, Wishes())
         return {"predictions": [answer.model_dump(include=set(invocations.COLUMNS)) for answer in answers]}
 
     @api.get("/v1/model")
@@ -219,12 +199,10 @@ class Edge:
         """The replica is up and has loaded its model."""
         return Health(status="ok", model_version=self._service.version)
 
-    async def _answer(
-        self, images: list[bytes] | Images, edge_only: bool, threshold: float | None, deadline_ms: float | None
-    ) -> list[Answer]:
-        deadline = None if deadline_ms is None else deadline_ms / 1000
+    async def _answer(self, images: list[bytes] | Images, wishes: Wishes) -> list[Answer]:
+        deadline = None if wishes.deadline_ms is None else wishes.deadline_ms / 1000
         try:
-            policy = self._service.policy.with_request(edge_only=edge_only, threshold=threshold)
+            policy = self._service.policy.with_request(edge_only=wishes.edge_only, threshold=wishes.threshold)
             if isinstance(images, list):
                 return await self._service.answer(images, policy, deadline)
             return await self._service.answer_pixels(images, policy, deadline)

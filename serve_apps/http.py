@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator
 from typing import Any, Literal
 
 from fastapi import HTTPException, Request
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -29,6 +29,20 @@ MANY_IMAGES: dict[str, Any] = {
         },
     }
 }
+
+
+class Wishes(BaseModel):
+    """What a request may ask for, as query parameters."""
+
+    edge_only: bool = Field(default=False, description="Nothing of this request leaves the edge.")
+    threshold: float | None = Field(
+        default=None,
+        allow_inf_nan=False,
+        description="In place of the operating point's threshold, in its gate's unit.",
+    )
+    deadline_ms: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="Time for the whole request, the server's own at most."
+    )
 
 
 ExitName = Literal["main", "extension", "cloud"]

@@ -18,7 +18,8 @@ from meanet.config import EnergyConfig, Recipe
 from meanet.energy import BytesMoved, Macs, cost_model, tail_joules
 from meanet.errors import UserError
 from meanet.models.costs import count_bytes
-from meanet.profiles import PerMacDevice, available, built_in, embed, parse
+from meanet.profile_files import available, built_in, embed, parse
+from meanet.profiles import PerMacDevice
 from meanet.recipes import digits
 from meanet.replay import replay
 from meanet.routing import Policy

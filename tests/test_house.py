@@ -26,11 +26,23 @@ HOMES = {
     "boto3": {"meanet.storage"},
     "pyarrow.fs": {"meanet.storage"},
     "pynvml": {"meanet.meters"},
-    "yaml": {"meanet.profiles"},
+    "yaml": {"meanet.profile_files"},
 }
 """Inside meanet, who may import what."""
 HEAVY = {"torch", "torchvision", "ray", "mlflow", "boto3"}
-BOTTOM = ("errors", "config", "routing", "profiles", "energy", "meters", "replay", "edges", "thresholds", "two_gate")
+BOTTOM = (
+    "errors",
+    "config",
+    "routing",
+    "profiles",
+    "profile_files",
+    "energy",
+    "meters",
+    "replay",
+    "edges",
+    "thresholds",
+    "two_gate",
+)
 BOTTOM += ("fronts", "bootstrap", "calibration", "policies", "class_split", "exits_columns")
 WITHOUT_RAY = ("meanet.training", "meanet.evaluation", "meanet.runtime", "meanet.artifact", "meanet.trial")
 WITHOUT_RAY += ("meanet.study", "meanet.study_report", "tune_spaces.joint")

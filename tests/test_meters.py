@@ -14,7 +14,8 @@ from meanet.config import EnergyConfig
 from meanet.energy import Energy, Macs, cost_model
 from meanet.errors import UserError
 from meanet.meters import Found, NvmlMeter, RaplMeter, find_meter, measured
-from meanet.profiles import TimedDevice, available
+from meanet.profile_files import available
+from meanet.profiles import TimedDevice
 
 MACS = Macs(main=10, adaptive=2, extension=3, cloud=100)
 

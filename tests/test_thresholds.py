@@ -14,7 +14,7 @@ from meanet.energy import CostModel, Macs, cost_model
 from meanet.errors import UserError
 from meanet.fronts import choose, hypervolume, pareto_front, pareto_set
 from meanet.operating_point import policy_of, sweep
-from meanet.replay import Exits, replay
+from meanet.replay import Exits, Outcome, replay
 from meanet.routing import MEASURES, Policy, complexity, read_main, route
 from meanet.thresholds import Points, every_point, sweep_gate
 from meanet.two_gate import sweep_two_gates
@@ -301,34 +301,34 @@ def test_scaling_is_searched_beside_raw_logits_and_its_policies_replay() -> None
     assert_replays(recorded, COSTS, swept.points.take(some), swept.temperatures)
 
 
-def test_dearer_links_send_fewer_bytes_and_choose_other_points() -> None:
-    """Over a wire an upload costs less than the extension block, over WiFi ten times that, over LTE thirty times."""
+def chosen_over_links(constraint: OperatingPointConfig) -> list[tuple[Points, Outcome]]:
+    """The choice over a wire, WiFi and LTE: an upload costs a third of the extension block, ten and thirty times it."""
     macs = Macs(main=69_130_000, adaptive=12_500_000, extension=21_760_000, cloud=556_000_000)
     recorded = exits(21, 3000, num_classes=8, num_hard=5)
     recorded = dataclasses.replace(recorded, upload_bytes=recorded.upload_bytes * 8)
-    sent, policies = [], []
+    found = []
     for link in ("wired", "wifi", "lte"):
         costs = cost_model(EnergyConfig(link=link), macs)
-        points = sweep(recorded, costs, [*MEASURES, "two_gate"], confidence=0.95).points
-        chosen = choose(points, OperatingPointConfig(max_accuracy_loss_vs_cloud=0.02))
-        policies.append(policy_of(chosen, 0, recorded.hard_classes))
-        sent.append(replay(recorded, costs, policies[-1]).bytes_uploaded)
+        swept = sweep(recorded, costs, [*MEASURES, "two_gate"], confidence=constraint.confidence)
+        chosen = choose(swept.points, constraint)
+        found.append((chosen, replay(recorded, costs, policy_of(chosen, 0, recorded.hard_classes))))
+    return found
+
+
+def test_dearer_links_send_fewer_bytes_and_choose_other_points() -> None:
+    found = chosen_over_links(OperatingPointConfig(max_accuracy_loss_vs_cloud=0.02))
+    sent = [outcome.bytes_uploaded for _, outcome in found]
     assert sent == sorted(sent, reverse=True)
     assert sent[0] > sent[2]
-    assert policies[0] != policies[2]
+    first, last = (policy_of(found[place][0], 0, (0, 1, 2, 3, 4)) for place in (0, 2))
+    assert first != last
 
 
 def test_the_same_joules_buy_less_accuracy_over_a_dearer_link() -> None:
-    macs = Macs(main=69_130_000, adaptive=12_500_000, extension=21_760_000, cloud=556_000_000)
-    recorded = exits(21, 3000, num_classes=8, num_hard=5)
-    recorded = dataclasses.replace(recorded, upload_bytes=recorded.upload_bytes * 8)
-    shares, accuracy = [], []
-    for link in ("wired", "wifi", "lte"):
-        points = sweep(recorded, cost_model(EnergyConfig(link=link), macs), [*MEASURES, "two_gate"]).points
-        chosen = choose(points, dataclasses.replace(ANY, max_energy=1.2e-3))
-        assert chosen.joules[0] <= 1.2e-3
-        shares.append(chosen.cloud_share[0])
-        accuracy.append(chosen.accuracy[0])
+    found = chosen_over_links(dataclasses.replace(ANY, max_energy=1.2e-3))
+    assert all(outcome.total_joules <= 1.2e-3 for _, outcome in found)
+    shares = [outcome.share["cloud"] for _, outcome in found]
+    accuracy = [outcome.accuracy for _, outcome in found]
     assert shares[0] > shares[1] > shares[2]
     assert accuracy[0] > accuracy[1] > accuracy[2]
 

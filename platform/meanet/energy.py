@@ -1,6 +1,6 @@
 """What an exit costs on one device and link: joules and seconds, each with where it comes from. Pure.
 
-The profiles themselves stand in profiles.yaml, read by `meanet.profiles`.
+The profiles themselves stand in profiles.yaml, read by `meanet.profile_files`.
 """
 
 import functools
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from meanet.config import EnergyConfig, Tail
 from meanet.errors import UserError
-from meanet.profiles import Blocks, BytesMoved, DeviceProfile, LinkProfile, Macs, Profiles, available
+from meanet.profile_files import available
+from meanet.profiles import Blocks, BytesMoved, DeviceProfile, LinkProfile, Macs, Profiles
 
 __all__ = ["BytesMoved", "CostModel", "DeviceProfile", "Energy", "LinkProfile", "Macs", "cost_model", "tail_joules"]
 
