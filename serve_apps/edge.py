@@ -88,11 +88,6 @@ class EdgeService:
         self._calls = 0
         self._seconds = self._images = 0.0
 
-    def configure(self, settings: Settings) -> None:
-        """Take other settings; requests under way keep what they began with."""
-        self.settings = settings
-        self.breaker.failures, self.breaker.open_s = settings.breaker_failures, settings.breaker_open_s
-
     async def answer(self, bodies: Sequence[bytes], policy: Policy, deadline_s: float | None = None) -> list[Answer]:
         """The answers to PNG or JPEG bytes, in order.
 
@@ -137,6 +132,8 @@ class EdgeService:
     def _admit(self, count: int, deadline: float) -> None:
         """Refuse what would wait too long, before anything is spent on it."""
         left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            raise OverloadedError("the request's time was over before it could be queued", 0.1)
         queued = self._batcher.queued
         wait = queued * self._seconds / max(1.0, self._images)  # of those ahead; how long its own take is not known
         if queued and queued + count > self.settings.max_queued:

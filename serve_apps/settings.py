@@ -1,8 +1,6 @@
-"""What a running server may be told: limits, deadlines, breaker. Plain values, checked, changed without a restart."""
+"""What a server may be told: limits, deadlines, breaker. Plain values, checked."""
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 from meanet.errors import UserError
 
@@ -40,21 +38,3 @@ class Settings:
         for name in ("max_queued", "max_cloud_calls", "breaker_failures"):
             value = getattr(self, name)
             _require(value >= 1, f"{name} is {value}: it must be 1 or more")
-
-    def changed(self, values: dict[str, Any]) -> "Settings":
-        """These settings with some values replaced.
-
-        Raises:
-            UserError: there is no such setting, or its value is none.
-        """
-        known: dict[str, type[int] | type[float]] = {
-            field.name: int if field.type in (int, "int") else float for field in dataclasses.fields(self)
-        }
-        for name, value in values.items():
-            _require(name in known, f"unknown setting {name!r}: choose from {', '.join(known)}")
-            sound = isinstance(value, int | float) and not isinstance(value, bool)
-            if known[name] is int:
-                sound = sound and value == int(value)
-            _require(sound, f"{name} is {value!r}: it must be a number" + (", whole" if known[name] is int else ""))
-        typed: dict[str, Any] = {name: known[name](value) for name, value in values.items()}
-        return dataclasses.replace(self, **typed)

@@ -271,19 +271,16 @@ def test_too_many_calls_under_way_are_not_added_to(model: TrainedModel, bodies: 
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"patience": 1}, "unknown setting 'patience': choose from deadline_s"),
         ({"deadline_s": 0}, "deadline_s is 0"),
-        ({"max_queued": 1.5}, "max_queued is 1.5: it must be a number, whole"),
+        ({"cloud_budget_s": -1.0}, "cloud_budget_s is -1"),
         ({"breaker_failures": 0}, "breaker_failures is 0"),
+        ({"max_queued": 0}, "max_queued is 0"),
         ({"reserve_s": 9}, "reserve_s is 9"),
-        ({"cloud_budget_s": "long"}, "cloud_budget_s is 'long'"),
-        ({"max_queued": True}, "max_queued is True"),
     ],
 )
 def test_senseless_settings_are_refused(values: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        Settings().changed(values)
-    assert Settings().changed({"deadline_s": 1, "max_queued": 3.0}) == Settings(deadline_s=1.0, max_queued=3)
+        Settings(**values)
 
 
 def test_bad_image_is_named_and_the_service_lives_on(model: TrainedModel, bodies: list[bytes]) -> None:

@@ -72,7 +72,7 @@ class CostModel:
         tail = {"none": "", "isolated": "+isolated", "amortised": f"+amortised@{self.uploads_per_second:g}/s"}
         return f"modelled:{self.device.name}+{self.link.name}{tail[self.tail]}"
 
-    @property
+    @functools.cached_property  # each answer of a server asks for it
     def block_joules(self) -> Blocks:
         """Compute of each block, J per image."""
         return self.device.joules(self.macs, self.bytes_moved)
