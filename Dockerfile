@@ -12,7 +12,7 @@ RUN mkdir -p platform/meanet jobs serve_apps tune_spaces \
     && touch platform/meanet/__init__.py jobs/__init__.py serve_apps/__init__.py tune_spaces/__init__.py \
     && pip install --no-cache-dir -c constraints.txt --upgrade pip setuptools \
     && pip install --no-cache-dir -c constraints.txt hatchling editables \
-    && pip install --no-cache-dir -c constraints.txt -e .
+    && pip install --no-cache-dir -c constraints.txt -e '.[platform]'
 
 COPY platform platform
 COPY jobs jobs

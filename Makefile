@@ -59,7 +59,7 @@ $(DEPS):
 	@echo "setting up $(VENV): about 6 GB once unpacked, some minutes"
 	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install $(PIP) -c constraints.txt --upgrade pip setuptools
-	$(VENV)/bin/python -m pip install $(PIP) -c constraints.txt -e '.[dev]'
+	$(VENV)/bin/python -m pip install $(PIP) -c constraints.txt -e '.[platform,dev]'
 	$(VENV)/bin/python -m pip check
 	@touch $@
 
