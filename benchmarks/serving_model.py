@@ -1,4 +1,4 @@
-"""What every server of `benchmarks.serving` serves: the evidence's ResNet-32 B, as a registered model and as ONNX files.
+"""What every server of `benchmarks.serving` serves: the evidence's ResNet-32 B, registered and as ONNX files.
 
 The evidence holds no cloud network: a ResNet-18 of the same recipe, untrained, costs as much and answers nonsense, the
 same nonsense everywhere.

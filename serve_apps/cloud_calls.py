@@ -77,15 +77,19 @@ class CloudCalls:
         self._settings = settings
         self.breaker.failures, self.breaker.open_s = settings.breaker_failures, settings.breaker_open_s
 
-    async def settle(self, batch: Pass) -> None:
-        """See to it that the waiting samples are answered, beside what follows if that takes the cloud."""
+    def settle(self, batch: Pass) -> None:
+        """See to it that the waiting samples are answered, beside what follows if that takes time."""
         if self.breaker.claim_probe():
             self._beside(self._probe(batch))
-        if not self.breaker.allows():
-            await self._answer_alone(batch, batch.pending.rows, 0.0, "cloud circuit open")
+        if batch.alone is not None:
+            batch.resolve(mask(batch.pending.rows, len(batch.tasks)), 0.0, batch.alone)
+        elif not self.breaker.allows():  # it has opened since the pass
+            self._beside(self._answer_alone(batch, batch.pending.rows, 0.0, "cloud circuit open"))
         elif self._under_way >= self._settings.max_cloud_calls:
-            await self._answer_alone(batch, batch.pending.rows, 0.0, f"cloud busy: {self._under_way} calls under way")
+            busy = f"cloud busy: {self._under_way} calls under way"
+            self._beside(self._answer_alone(batch, batch.pending.rows, 0.0, busy))
         else:
+            self._under_way += 1
             self._beside(self._call(batch))
 
     def _beside(self, work: Coroutine[Any, Any, None]) -> None:
@@ -99,7 +103,7 @@ class CloudCalls:
         rows, started, success = batch.pending.rows[:_PROBE_IMAGES], time.monotonic(), False
         num_bytes = 0
         try:
-            request = await asyncio.to_thread(_request, batch, rows)
+            request = await _request(batch, rows)
             num_bytes = sum(request.sizes)
             call = asyncio.ensure_future(self._ask(request))
             await asyncio.wait({call}, timeout=self._settings.cloud_budget_s)
@@ -116,13 +120,12 @@ class CloudCalls:
         """One call for all complex samples of a micro-batch; a sample whose time is up does not wait for it."""
         started, rows = time.monotonic(), batch.pending.rows
         limits = {int(row): self._limit(batch.tasks[row], started) for row in rows}
-        if max(limits.values()) <= started:
-            await self._answer_alone(batch, rows, 0.0, "no time for the cloud")
-            return
-        self._under_way += 1
         call: asyncio.Future[CloudAnswer] | None = None
         try:
-            request = await asyncio.to_thread(_request, batch, rows)
+            if max(limits.values()) <= started:
+                await self._answer_alone(batch, rows, 0.0, "no time for the cloud")
+                return
+            request = await _request(batch, rows)
             for row, size in zip(rows, request.sizes, strict=True):
                 batch.tasks[row].bytes_sent = size
             call = asyncio.ensure_future(self._ask(request))
@@ -175,16 +178,20 @@ class CloudCalls:
         batch.resolve(mask(rows, len(batch.tasks)), 1000 * seconds, reason)
 
 
-def _request(batch: Pass, rows: Ints) -> CloudRequest:
+async def _request(batch: Pass, rows: Ints) -> CloudRequest:
     """What goes up of these samples: the bytes as they were received, JPEG at a quality, or raw pixels."""
-    payload = batch.served.model.energy.payload
+    payload, version = batch.served.model.energy.payload, batch.served.version
     quality = jpeg_quality(payload)
     if quality is not None:
-        return CloudRequest(batch.served.version, [encode_jpeg(batch.images[row], quality) for row in rows], None)
+        return CloudRequest(version, await asyncio.to_thread(_recompressed, batch, rows, quality), None)
     bodies = [body for row in rows if (body := batch.tasks[row].body) is not None]
     if payload == "raw" or len(bodies) < len(rows):  # a micro-batch may mix files and pixels
-        return CloudRequest(batch.served.version, None, batch.images[rows])
-    return CloudRequest(batch.served.version, bodies, None)
+        return CloudRequest(version, None, batch.images[rows])
+    return CloudRequest(version, bodies, None)
+
+
+def _recompressed(batch: Pass, rows: Ints, quality: int) -> list[bytes]:
+    return [encode_jpeg(batch.images[row], quality) for row in rows]
 
 
 def _result(call: "asyncio.Future[CloudAnswer]") -> CloudAnswer:

@@ -5,18 +5,18 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from meanet.errors import UserError
-from meanet.operating_point import policy_id
-from meanet.routing import Exit, Policy
+from meanet.routing import Policy
 from meanet.runtime import Images
 from serve_apps.batching import Batcher
 from serve_apps.breaker import Breaker
 from serve_apps.cloud_calls import AskCloud, CloudCalls
 from serve_apps.http import Answer
-from serve_apps.micro_batch import Pass, Task
+from serve_apps.micro_batch import Pass, Task, applied, gathered, mask, pixels_of
 from serve_apps.observer import Observer
 from serve_apps.served import Served
 from serve_apps.settings import Settings
@@ -44,7 +44,7 @@ class EdgeService:
         self._settings = settings or Settings()
         self._observer = observer or Observer()
         self._cloud = CloudCalls(ask_cloud, self._settings, self._observer)
-        self._batcher: Batcher[Task] = Batcher(self._run, MAX_MICRO_BATCH)
+        self._batcher: Batcher[Task, list[Pass | _Failure]] = Batcher(self._run, self._done, MAX_MICRO_BATCH, "edge")
         self._seconds = self._images = 0.0
         self.watchers: list[Callable[[Pass], None]] = []
         """Shown each pass of the blocks, before its answers go out; must be quick and must not raise."""
@@ -92,11 +92,7 @@ class EdgeService:
             UserError: bytes that are no image, or not one that the model takes; a deadline of no time.
             OverloadedError: they cannot be answered in time.
         """
-        served, admitted = served or self._served, time.monotonic()
-        deadline = self._deadline(deadline_s)
-        self._admit(len(bodies), deadline)
-        images = await asyncio.to_thread(_decode, served, bodies)
-        return await self._queue(images, bodies, served, policy, (admitted, deadline))
+        return await self._queue([None] * len(bodies), bodies, served or self._served, policy, deadline_s)
 
     async def answer_pixels(
         self,
@@ -106,12 +102,11 @@ class EdgeService:
         served: Served | None = None,
     ) -> list[Answer]:
         """The answers to (N, H, W, C) images; else as `answer`."""
-        served, admitted = served or self._served, time.monotonic()
+        served = served or self._served
         shape = tuple(getattr(served.model.preprocessing, name) for name in ("height", "width", "channels"))
         if images.shape[1:] != shape:
             raise UserError(f"pixels of shape {images.shape[1:]}: this model takes (height, width, channels) {shape}")
-        times = admitted, self._deadline(deadline_s)
-        return await self._queue(list(images), [None] * len(images), served, policy, times)
+        return await self._queue(list(images), [None] * len(images), served, policy, deadline_s)
 
     def _deadline(self, wished_s: float | None) -> float:
         if wished_s is not None and not 0 < wished_s < math.inf:
@@ -120,21 +115,28 @@ class EdgeService:
 
     async def _queue(
         self,
-        images: Sequence[Images],
+        images: Sequence[Images | None],
         bodies: Sequence[bytes | None],
         served: Served,
         policy: Policy | None,
-        times: tuple[float, float],
+        deadline_s: float | None,
     ) -> list[Answer]:
-        admitted, deadline = times
+        admitted, deadline = time.monotonic(), self._deadline(deadline_s)
         self._admit(len(images), deadline)
-        loop = asyncio.get_running_loop()
+        future = asyncio.get_running_loop().create_future
+        policy, many = policy or served.policy, len(images) > 1
         tasks = [
-            Task(image, body, served, policy or served.policy, admitted, deadline, loop.create_future())
-            for image, body in zip(images, bodies, strict=True)
+            Task(image, body, place if many else None, served, policy, admitted, deadline, future())
+            for place, (image, body) in enumerate(zip(images, bodies, strict=True))
         ]
         self._batcher.put(tasks)
-        return await asyncio.gather(*(task.answer for task in tasks))
+        if not many:
+            return [await task.answer for task in tasks]
+        try:
+            return await asyncio.gather(*(task.answer for task in tasks))
+        finally:  # of a request that is over, nothing more is computed
+            for task in tasks:
+                task.answer.cancel()
 
     def _admit(self, count: int, deadline: float) -> None:
         """Refuse what would wait too long, before anything is spent on it."""
@@ -152,42 +154,69 @@ class EdgeService:
         self._observer.refused("overloaded")
         return OverloadedError(why, max(0.1, retry_after_s))
 
-    async def _run(self, tasks: Sequence[Task]) -> None:
-        """Give a micro-batch to the blocks: one pass for each version and policy in it, as a rule one."""
-        groups: dict[tuple[int, str, bool], list[Task]] = {}
-        for task in tasks:
-            groups.setdefault((task.served.version, policy_id(task.policy), task.policy.edge_only), []).append(task)
-        for group in groups.values():
-            try:
-                await self._run_group(group)
-            except Exception as error:  # whatever it is, these requests must hear of it
-                for task in group:
-                    if not task.answer.done():
-                        task.answer.set_exception(error)
-
-    async def _run_group(self, tasks: Sequence[Task]) -> None:
-        served, policy = tasks[0].served, tasks[0].policy
-        images = np.stack([task.image for task in tasks])
+    def _run(self, tasks: Sequence[Task]) -> "list[Pass | _Failure]":
+        """In the batch's thread: one pass for each version and policy among the tasks, as a rule one."""
         started = time.perf_counter()
-        answers, pending = await asyncio.to_thread(served.runtime.run, images, policy)
-        seconds = time.perf_counter() - started
-        self._seconds = (1 - _PACE) * self._seconds + seconds
+        done: list[Pass | _Failure] = []
+        for group in gathered(tasks):
+            images: list[Images] = []
+            sound: list[Task] = []
+            for task in group:
+                if task.answer.done():  # nobody waits any more
+                    continue
+                try:
+                    images.append(pixels_of(task))
+                    sound.append(task)
+                except Exception as error:
+                    done.append(_Failure([task], error))
+            if sound:
+                done.append(self._guarded_pass(sound, images))
+        self._seconds = (1 - _PACE) * self._seconds + time.perf_counter() - started
         self._images = (1 - _PACE) * self._images + len(tasks)
-        self._observer.passed(len(tasks), seconds)
-        batch = Pass(tasks, served, policy, images, answers, pending, 1000 * seconds, self._observer)
-        for watch in self.watchers:
-            watch(batch)
-        batch.resolve(answers.exit != Exit.CLOUD, cloud_ms=0.0, reason=None)
-        if len(pending.rows):
-            await self._cloud.settle(batch)  # the next micro-batch need not wait for this one's cloud
+        return done
 
-
-def _decode(served: Served, bodies: Sequence[bytes]) -> list[Images]:
-    images = []
-    for number, body in enumerate(bodies):
+    def _guarded_pass(self, tasks: list[Task], images: list[Images]) -> "Pass | _Failure":
         try:
-            images.append(served.model.preprocessing.decode(body))
-        except UserError as error:
-            where = f"image {number} of the batch: " if len(bodies) > 1 else ""
-            raise UserError(f"{where}{error}") from error
-    return images
+            return self._pass(tasks, np.stack(images))
+        except Exception as error:  # whatever it is, these requests must hear of it
+            return _Failure(tasks, error)
+
+    def _pass(self, tasks: list[Task], images: Images) -> Pass:
+        served, policy, alone = tasks[0].served, tasks[0].policy, None
+        started = time.perf_counter()
+        answers, pending = served.runtime.run(images, policy)
+        if len(pending.rows) and not self._cloud.breaker.allows():
+            alone = "cloud circuit open"
+            served.runtime.finish(answers, pending, policy)
+        seconds = time.perf_counter() - started
+        return Pass(
+            tasks, served, policy, images, answers, pending, 1000 * seconds, alone, applied(policy), self._observer
+        )
+
+    def _done(self, results: "list[Pass | _Failure]") -> None:
+        """On the event loop: answers go out, and what is complex goes up."""
+        for result in results:
+            if isinstance(result, _Failure):
+                result.tell()
+                continue
+            self._observer.passed(len(result.tasks), result.edge_ms / 1000)
+            for watch in self.watchers:
+                watch(result)
+            waiting = mask(result.pending.rows, len(result.tasks))
+            result.resolve(~waiting, cloud_ms=0.0, reason=None)
+            if len(result.pending.rows):
+                self._cloud.settle(result)  # the next micro-batch need not wait for this one's cloud
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Tasks that get no answer."""
+
+    tasks: Sequence[Task]
+    error: Exception
+
+    def tell(self) -> None:
+        """Let their requests hear of it."""
+        for task in self.tasks:
+            if not task.answer.done():
+                task.answer.set_exception(self.error)

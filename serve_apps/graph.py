@@ -8,7 +8,6 @@ Only complex samples hop, as one array a batch. If the cloud fails, the edge's b
 """
 
 import asyncio
-import math
 from dataclasses import asdict
 from importlib import metadata
 from typing import Annotated, Any
@@ -21,12 +20,12 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from meanet.artifact import TrainedModel
-from meanet.errors import UserError
 from meanet.runtime import CloudRuntime, Images
 from meanet.tracking import MODEL, Tracker
 from serve_apps import invocations, v2
 from serve_apps.cloud_calls import CloudAnswer, CloudRequest
-from serve_apps.edge import EdgeService, OverloadedError
+from serve_apps.edge import EdgeService
+from serve_apps.fast_path import FastPath, ask, batch_as_json
 from serve_apps.http import (
     MANY_IMAGES,
     MAX_BATCH_BYTES,
@@ -45,6 +44,15 @@ from serve_apps.served import Served
 
 api = FastAPI(title="MEANet", description="Images in, classes out; each answer says which exit gave it.")
 Asked = Annotated[Wishes, Query()]
+
+
+def _service_here() -> EdgeService:
+    """Of the replica that this process is."""
+    service: EdgeService = serve.get_replica_context().servable_object.service  # type: ignore[union-attr]
+    return service
+
+
+api.add_middleware(FastPath, service=_service_here)
 
 
 class AppArgs(BaseModel):
@@ -94,7 +102,7 @@ class Edge:
             answer: CloudAnswer = await cloud.classify.remote(request)
             return answer
 
-        self._service = EdgeService(Served.of(_load(tracking_uri, version), version), ask_cloud)
+        self.service = EdgeService(Served.of(_load(tracking_uri, version), version), ask_cloud)
 
     @api.post("/v1/classify", openapi_extra=ONE_IMAGE)
     async def classify(self, request: Request, wishes: Asked) -> Answer:
@@ -102,11 +110,12 @@ class Edge:
         body = await read_body(request, MAX_IMAGE_BYTES)
         return (await self._answer([body], wishes))[0]
 
-    @api.post("/v1/classify/batch", openapi_extra=MANY_IMAGES)
-    async def classify_batch(self, request: Request, wishes: Asked) -> BatchAnswer:
+    @api.post("/v1/classify/batch", openapi_extra=MANY_IMAGES, response_model=BatchAnswer)
+    async def classify_batch(self, request: Request, wishes: Asked) -> Response:
         """Classify many images in one request: multipart files, or an Arrow IPC stream with a column `image`."""
         images = await read_images(request)
-        return BatchAnswer(answers=await self._answer(images, wishes))
+        answers = await self._answer(images, wishes)
+        return Response(batch_as_json(answers), media_type="application/json")
 
     # The Open Inference Protocol v2
 
@@ -128,15 +137,15 @@ class Edge:
     @api.post("/v2/repository/index")
     async def repository(self) -> list[dict[str, str]]:
         """The one model, its version and state."""
-        return [{"name": MODEL, "version": str(self._service.served.version), "state": "READY", "reason": ""}]
+        return [{"name": MODEL, "version": str(self.service.served.version), "state": "READY", "reason": ""}]
 
     @api.get("/v2/models/{name}")
     @api.get("/v2/models/{name}/versions/{version}")
     async def model_metadata(self, name: str, version: int | None = None) -> dict[str, Any]:
         """Inputs and outputs."""
         self._check_served(name, version)
-        taken = self._service.served.model.preprocessing
-        return v2.model_metadata(MODEL, self._service.served.version, (taken.height, taken.width, taken.channels))
+        taken = self.service.served.model.preprocessing
+        return v2.model_metadata(MODEL, self.service.served.version, (taken.height, taken.width, taken.channels))
 
     @api.get("/v2/models/{name}/ready")
     @api.get("/v2/models/{name}/versions/{version}/ready")
@@ -159,13 +168,13 @@ class Edge:
         images = asked.pixels if asked.encoded is None else asked.encoded
         assert images is not None, "a request has one or the other"
         answers = await self._answer(images, wishes)
-        written = v2.respond(asked, answers, MODEL, self._service.served.version)
+        written = v2.respond(asked, answers, MODEL, self.service.served.version)
         return Response(written.body, headers=written.headers)
 
     def _check_served(self, name: str, version: int | None) -> None:
-        if name != MODEL or version not in (None, self._service.served.version):
+        if name != MODEL or version not in (None, self.service.served.version):
             asked = name if version is None else f"{name} version {version}"
-            raise HTTPException(404, f"{asked} is not served: {MODEL} version {self._service.served.version} is")
+            raise HTTPException(404, f"{asked} is not served: {MODEL} version {self.service.served.version} is")
 
     # MLflow's scoring protocol
 
@@ -185,10 +194,10 @@ class Edge:
     @api.get("/v1/model")
     async def describe(self) -> ModelDescription:
         """What is served."""
-        model = self._service.served.model
+        model = self.service.served.model
         return ModelDescription(
             name=MODEL,
-            version=self._service.served.version,
+            version=self.service.served.version,
             recipe=model.recipe.name,
             class_names=list(model.class_names),
             hard_classes=list(model.hard_classes),
@@ -200,21 +209,10 @@ class Edge:
     @api.get("/healthz")
     async def health(self) -> Health:
         """The replica is up and has loaded its model."""
-        return Health(status="ok", model_version=self._service.served.version)
+        return Health(status="ok", model_version=self.service.served.version)
 
     async def _answer(self, images: list[bytes] | Images, wishes: Wishes) -> list[Answer]:
-        deadline = None if wishes.deadline_ms is None else wishes.deadline_ms / 1000
-        try:
-            served = self._service.served
-            policy = served.policy.with_request(edge_only=wishes.edge_only, threshold=wishes.threshold)
-            if isinstance(images, list):
-                return await self._service.answer(images, policy, deadline, served)
-            return await self._service.answer_pixels(images, policy, deadline, served)
-        except UserError as error:
-            raise HTTPException(422, str(error)) from error
-        except OverloadedError as error:
-            headers = {"Retry-After": str(math.ceil(error.retry_after_s))}
-            raise HTTPException(503, f"overloaded: {error}; try again later", headers) from error
+        return await ask(self.service, images, wishes)
 
 
 def app(args: AppArgs) -> serve.Application:

@@ -133,17 +133,18 @@ async def read_body(request: Request, limit: int) -> bytes:
     """
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > limit:
-        raise _too_large(int(announced), limit)
+        raise too_large(int(announced), limit)
     chunks, total = [], 0
     async for chunk in request.stream():
         total += len(chunk)
         if total > limit:
-            raise _too_large(total, limit)
+            raise too_large(total, limit)
         chunks.append(chunk)
     return b"".join(chunks)
 
 
-def _too_large(size: int, limit: int) -> HTTPException:
+def too_large(size: int, limit: int) -> HTTPException:
+    """413, with the reason."""
     return HTTPException(413, f"the body has {size} bytes or more and the limit is {limit}: send less at a time")
 
 

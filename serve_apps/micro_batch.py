@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from meanet.errors import UserError
 from meanet.operating_point import policy_id
 from meanet.routing import Bools, Ints, Policy
 from meanet.runtime import Answers, Images, Pending
@@ -20,10 +21,12 @@ from serve_apps.served import Served
 class Task:
     """One image on its way through the edge."""
 
-    image: Images
-    """(H, W, C)."""
+    image: Images | None
+    """(H, W, C); None where a file was received."""
     body: bytes | None
     """As received; None where pixels were."""
+    place: int | None
+    """Its number in a request of many."""
     served: Served
     policy: Policy
     admitted: float
@@ -47,6 +50,10 @@ class Pass:
     answers: Answers
     pending: Pending
     edge_ms: float
+    alone: str | None
+    """Why the waiting samples have the edge's best answers already; None = they have not."""
+    applied: AppliedPolicy
+    """What all answers say of the policy."""
     observer: Observer
 
     def resolve(self, which: Bools, cloud_ms: float, reason: str | None) -> None:
@@ -87,13 +94,45 @@ class Pass:
             ),
             ms=Milliseconds(edge=self.edge_ms, cloud=cloud_ms),
             model_version=self.served.version,
-            policy=AppliedPolicy(
-                id=policy_id(self.policy),
-                gate=self.policy.gate,
-                thresholds=list(self.policy.thresholds),
-                edge_only=self.policy.edge_only,
-            ),
+            policy=self.applied,
         )
+
+
+def applied(policy: Policy) -> AppliedPolicy:
+    """A policy as answers tell of it."""
+    return AppliedPolicy(
+        id=policy_id(policy), gate=policy.gate, thresholds=list(policy.thresholds), edge_only=policy.edge_only
+    )
+
+
+def gathered(tasks: Sequence[Task]) -> list[list[Task]]:
+    """By version and policy, in order; as a rule one group."""
+    groups: list[list[Task]] = []
+    for task in tasks:
+        for group in groups:
+            first = group[0]
+            if task.served is first.served and (task.policy is first.policy or task.policy == first.policy):
+                group.append(task)
+                break
+        else:
+            groups.append([task])
+    return groups
+
+
+def pixels_of(task: Task) -> Images:
+    """(H, W, C), decoded if a file was received.
+
+    Raises:
+        UserError: it is no image, or not one that the model takes.
+    """
+    if task.image is not None:
+        return task.image
+    assert task.body is not None, "a task has one or the other"
+    try:
+        return task.served.model.preprocessing.decode(task.body)
+    except UserError as error:
+        where = "" if task.place is None else f"image {task.place} of the batch: "
+        raise UserError(f"{where}{error}") from error
 
 
 def mask(rows: Ints, count: int) -> Bools:

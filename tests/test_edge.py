@@ -1,6 +1,7 @@
 """The edge's service without HTTP and Ray, against clouds that are well, slow, gone or lying."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from serve_apps.batching import Batcher
 from serve_apps.cloud_calls import CloudAnswer, CloudRequest
 from serve_apps.edge import EdgeService, OverloadedError
 from serve_apps.http import Answer
+from serve_apps.micro_batch import Pass
 from serve_apps.served import Served
 from serve_apps.settings import Settings
 
@@ -313,19 +315,74 @@ def test_requests_with_different_policies_share_a_batch(model: TrainedModel, bod
 
 
 def test_batcher_goes_at_once_and_gathers_what_arrives_meanwhile() -> None:
-    sizes: list[int] = []
+    batches: list[list[int]] = []
+    threads: set[int] = set()
+    handed: list[int] = []
 
     async def run() -> None:
-        async def work(items: Sequence[int]) -> None:
-            sizes.append(len(items))
-            await asyncio.sleep(0.01)
+        def work(items: Sequence[int]) -> int:
+            threads.add(threading.get_ident())
+            batches.append(list(items))
+            time.sleep(0.01)
+            return len(items)
 
-        batcher: Batcher[int] = Batcher(work, max_size=4)
-        batcher.put([0])
-        await asyncio.sleep(0)
+        def done(count: int) -> None:
+            assert threading.current_thread() is threading.main_thread()
+            handed.append(count)
+
+        batcher: Batcher[int, int] = Batcher(work, done, max_size=4)
+        batcher.put([-1])
+        while not batches:
+            await asyncio.sleep(0)
         batcher.put(list(range(9)))
-        while sum(sizes) < 10:
+        assert batcher.queued == 9
+        while sum(handed) < 10:
             await asyncio.sleep(0.01)
 
     asyncio.run(run())
-    assert sizes == [1, 4, 4, 1]
+    assert batches == [[-1], [0, 1, 2, 3], [4, 5, 6, 7], [8]]
+    assert handed == [1, 4, 4, 1], "one hand-over a batch"
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
+
+
+def test_a_hundred_requests_at_once_are_answered_in_their_order_by_one_cloud_call_a_micro_batch(
+    model: TrainedModel, splits: Splits, bodies: list[bytes]
+) -> None:
+    expected = Cascade(model).classify(splits.table.images[splits.test[:100]])
+    calls: list[int] = []
+    passes: list[Pass] = []
+
+    async def ask(request: CloudRequest) -> CloudAnswer:
+        calls.append(len(request.sizes))
+        return await honest(model)(request)
+
+    async def run() -> list[list[Answer]]:
+        service = EdgeService(Served.of(model, 1), ask, Settings(max_cloud_calls=100))
+        service.watchers.append(passes.append)
+        return await asyncio.gather(*(service.answer([body]) for body in bodies))
+
+    got = asyncio.run(run())
+    assert [answer.class_id for (answer,) in got] == expected.pred.tolist()
+    assert [answer.exit for (answer,) in got] == [Exit(value).label for value in expected.exit]
+    assert sum(len(one.tasks) for one in passes) == 100
+    assert calls == [len(one.pending.rows) for one in passes if len(one.pending.rows)]
+
+
+def test_nothing_is_computed_for_a_request_that_nobody_waits_for(model: TrainedModel, bodies: list[bytes]) -> None:
+    passes: list[Pass] = []
+
+    async def run() -> None:
+        service = EdgeService(Served.of(model, 1), honest(model))
+        service.watchers.append(passes.append)
+        first = asyncio.ensure_future(service.answer(bodies * 3))  # keeps the thread busy
+        await asyncio.sleep(0)
+        gone = [asyncio.ensure_future(service.answer([body])) for body in bodies]
+        await asyncio.sleep(0)
+        for request in gone:
+            request.cancel()
+        await first
+        await service.answer(bodies[:1])
+
+    asyncio.run(run())
+    assert sum(len(one.tasks) for one in passes) == 301

@@ -1,4 +1,4 @@
-"""FastAPI under uvicorn; micro-batches by a queue and one thread: `uvicorn benchmarks.serving_peers.fastapi_app:edge`."""
+"""FastAPI under uvicorn; micro-batches by a queue and one thread (uvicorn's --factory: make_edge, make_cloud)."""
 
 import asyncio
 import os
