@@ -185,23 +185,45 @@ class Load:
     p99_ms: float
 
 
-def load(
-    running: Running, url: str, bodies: Path, connections: int, seconds: float, kind: str, images: int = 1
-) -> Load:
-    """Let wrk post the bodies, each of so many `images`.
+@dataclass(frozen=True)
+class Posted:
+    """What wrk posts."""
+
+    url: str
+    bodies: Path
+    """A packed file."""
+    kind: str = "image/png"
+    """Content type."""
+    images: int = 1
+    """In each body."""
+
+
+def load(running: Running, what: Posted, connections: int, seconds: float) -> Load:
+    """Let wrk post the bodies.
 
     Raises:
         SystemExit: a request failed.
     """
     script = str(ROOT / "benchmarks" / "serving_peers" / "post.lua")
-    words = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--timeout", "30s", "--latency", "-s", script, url]
+    words = [
+        "wrk",
+        "-t1",
+        f"-c{connections}",
+        f"-d{seconds:g}s",
+        "--timeout",
+        "30s",
+        "--latency",
+        "-s",
+        script,
+        what.url,
+    ]
     before = running.cpu()
-    done = subprocess.run([*words, "--", str(bodies), kind], capture_output=True, text=True, check=True)
+    done = subprocess.run([*words, "--", str(what.bodies), what.kind], capture_output=True, text=True, check=True)
     spent = running.cpu() - before
     found = json.loads(done.stdout.splitlines()[-1])
     if found["failed"] or found["refused"] or not found["requests"]:
-        raise SystemExit(f"{url} at {connections} connections: {found}")
-    count = found["requests"] * images
+        raise SystemExit(f"{what.url} at {connections} connections: {found}")
+    count = found["requests"] * what.images
     return Load(count / found["seconds"], 1000 * spent / count, found["p50_ms"], found["p99_ms"])
 
 

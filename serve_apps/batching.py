@@ -28,7 +28,7 @@ class Batcher(Generic[Item, Result]):
         run: Callable[[Sequence[Item]], Result],
         done: Callable[[Result], None],
         max_size: int,
-        name: str = "batch",
+        name: str,
     ) -> None:
         """`run` and `done` must not raise."""
         self._run, self._done, self._max_size = run, done, max_size

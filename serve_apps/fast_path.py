@@ -18,9 +18,8 @@ from serve_apps.edge import EdgeService, OverloadedError
 from serve_apps.http import MAX_IMAGE_BYTES, Answer, Wishes, too_large
 
 PATH = "/v1/classify"
-_PLAIN_QUERY = re.compile(
-    rb"(edge_only=(true|false)|threshold=-?\d{1,9}(\.\d{1,9})?|deadline_ms=\d{1,9}(\.\d{1,9})?)(&|$)"
-)
+_NUMBER = r"\d{1,9}(\.\d{1,9})?"
+_PLAIN_QUERY = re.compile(f"(edge_only=(true|false)|threshold=-?{_NUMBER}|deadline_ms={_NUMBER})(&|$)".encode())
 _QUERY_BYTES = 100
 _KEPT = 256
 

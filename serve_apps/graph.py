@@ -48,7 +48,7 @@ Asked = Annotated[Wishes, Query()]
 
 def _service_here() -> EdgeService:
     """Of the replica that this process is."""
-    service: EdgeService = serve.get_replica_context().servable_object.service  # type: ignore[union-attr]
+    service: EdgeService = serve.get_replica_context().servable_object._service  # type: ignore[union-attr]
     return service
 
 
@@ -102,7 +102,7 @@ class Edge:
             answer: CloudAnswer = await cloud.classify.remote(request)
             return answer
 
-        self.service = EdgeService(Served.of(_load(tracking_uri, version), version), ask_cloud)
+        self._service = EdgeService(Served.of(_load(tracking_uri, version), version), ask_cloud)
 
     @api.post("/v1/classify", openapi_extra=ONE_IMAGE)
     async def classify(self, request: Request, wishes: Asked) -> Answer:
@@ -137,15 +137,15 @@ class Edge:
     @api.post("/v2/repository/index")
     async def repository(self) -> list[dict[str, str]]:
         """The one model, its version and state."""
-        return [{"name": MODEL, "version": str(self.service.served.version), "state": "READY", "reason": ""}]
+        return [{"name": MODEL, "version": str(self._service.served.version), "state": "READY", "reason": ""}]
 
     @api.get("/v2/models/{name}")
     @api.get("/v2/models/{name}/versions/{version}")
     async def model_metadata(self, name: str, version: int | None = None) -> dict[str, Any]:
         """Inputs and outputs."""
         self._check_served(name, version)
-        taken = self.service.served.model.preprocessing
-        return v2.model_metadata(MODEL, self.service.served.version, (taken.height, taken.width, taken.channels))
+        taken = self._service.served.model.preprocessing
+        return v2.model_metadata(MODEL, self._service.served.version, (taken.height, taken.width, taken.channels))
 
     @api.get("/v2/models/{name}/ready")
     @api.get("/v2/models/{name}/versions/{version}/ready")
@@ -168,13 +168,13 @@ class Edge:
         images = asked.pixels if asked.encoded is None else asked.encoded
         assert images is not None, "a request has one or the other"
         answers = await self._answer(images, wishes)
-        written = v2.respond(asked, answers, MODEL, self.service.served.version)
+        written = v2.respond(asked, answers, MODEL, self._service.served.version)
         return Response(written.body, headers=written.headers)
 
     def _check_served(self, name: str, version: int | None) -> None:
-        if name != MODEL or version not in (None, self.service.served.version):
+        if name != MODEL or version not in (None, self._service.served.version):
             asked = name if version is None else f"{name} version {version}"
-            raise HTTPException(404, f"{asked} is not served: {MODEL} version {self.service.served.version} is")
+            raise HTTPException(404, f"{asked} is not served: {MODEL} version {self._service.served.version} is")
 
     # MLflow's scoring protocol
 
@@ -194,10 +194,10 @@ class Edge:
     @api.get("/v1/model")
     async def describe(self) -> ModelDescription:
         """What is served."""
-        model = self.service.served.model
+        model = self._service.served.model
         return ModelDescription(
             name=MODEL,
-            version=self.service.served.version,
+            version=self._service.served.version,
             recipe=model.recipe.name,
             class_names=list(model.class_names),
             hard_classes=list(model.hard_classes),
@@ -209,10 +209,10 @@ class Edge:
     @api.get("/healthz")
     async def health(self) -> Health:
         """The replica is up and has loaded its model."""
-        return Health(status="ok", model_version=self.service.served.version)
+        return Health(status="ok", model_version=self._service.served.version)
 
     async def _answer(self, images: list[bytes] | Images, wishes: Wishes) -> list[Answer]:
-        return await ask(self.service, images, wishes)
+        return await ask(self._service, images, wishes)
 
 
 def app(args: AppArgs) -> serve.Application:

@@ -330,7 +330,7 @@ def test_batcher_goes_at_once_and_gathers_what_arrives_meanwhile() -> None:
             assert threading.current_thread() is threading.main_thread()
             handed.append(count)
 
-        batcher: Batcher[int, int] = Batcher(work, done, max_size=4)
+        batcher: Batcher[int, int] = Batcher(work, done, 4, "test")
         batcher.put([-1])
         while not batches:
             await asyncio.sleep(0)
