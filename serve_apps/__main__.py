@@ -9,11 +9,13 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 import tyro
 from ray import serve
@@ -25,9 +27,12 @@ from meanet.cluster import ray_cluster
 from meanet.errors import UserError, exit_on_user_error
 from meanet.storage import write_text
 from meanet.tracking import Tracker, store_uri
+from serve_apps import ingress
 from serve_apps.graph import AppArgs, app
 
 NAME = "meanet"
+REQUEST_TIMEOUT_S = 60.0
+"""No request is worth more: the edge's own deadline is a few seconds, and a batch of the largest size takes some."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class Flags:
     """Replicas of the edge's blocks."""
     cloud_replicas: int = 1
     """Replicas of the cloud's network."""
+    ingress: Literal["haproxy", "default"] = "haproxy"
+    """Of a local cluster: HAProxy, or Ray Serve's own proxy, which costs several times as much a request."""
     ready_file: Path | None = None
     """Where to write {"url", "version"} once requests are answered."""
 
@@ -65,6 +72,12 @@ def free_port(host: str, port: int) -> int:
         return int(probe.getsockname()[1])
 
 
+def http_options(flags: Flags) -> HTTPOptions:
+    """Where to listen."""
+    port = free_port(flags.host, flags.port)
+    return HTTPOptions(host=flags.host, port=port, request_timeout_s=REQUEST_TIMEOUT_S)
+
+
 @contextlib.contextmanager
 def deployed(flags: Flags, args: AppArgs) -> Iterator[str]:
     """The application while the block runs, once it answers; yields its URL.
@@ -81,7 +94,7 @@ def deployed(flags: Flags, args: AppArgs) -> Iterator[str]:
             f"this cluster serves {NAME!r} already: end that (Ctrl-C where it runs, `serve shutdown` if it was "
             "killed), or use another cluster (RAY_ADDRESS)"
         )
-    options = running.http_config if running else HTTPOptions(host=flags.host, port=free_port(flags.host, flags.port))
+    options = running.http_config if running else http_options(flags)
     if not running:
         serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options, logging_config=logging_config)
     try:
@@ -111,6 +124,18 @@ def _stop_signal(ready: threading.Event) -> threading.Event:
     return stop
 
 
+@contextlib.contextmanager
+def ingress_of(flags: Flags) -> Iterator[None]:
+    """What a local cluster's environment needs for the ingress asked for; says so where it cannot be had."""
+    if os.environ.get("RAY_ADDRESS") or flags.ingress == "default":
+        yield
+        return
+    with ingress.prepared() as reason:
+        if reason is not None:
+            print(f"HAProxy is not used ({reason}): Ray Serve's own proxy costs several times as much", file=sys.stderr)
+        yield
+
+
 @exit_on_user_error
 def main() -> None:
     """Command-line entry."""
@@ -128,7 +153,7 @@ def main() -> None:
         edge_replicas=flags.edge_replicas,
         cloud_replicas=flags.cloud_replicas,
     )
-    with ray_cluster(os.environ.get("RAY_ADDRESS") or None):
+    with ingress_of(flags), ray_cluster(os.environ.get("RAY_ADDRESS") or None):
         ready = threading.Event()
         stop = _stop_signal(ready)
         with deployed(flags, args) as url:

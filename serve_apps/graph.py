@@ -17,6 +17,7 @@ import torch
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from pydantic import BaseModel, ConfigDict
 from ray import serve
+from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
 from meanet.artifact import TrainedModel
@@ -92,7 +93,12 @@ class Cloud:
         return CloudAnswer(reading.pred.tolist(), np.where(sound, reading.confidence, np.nan).tolist())
 
 
-@serve.deployment(name="edge", max_ongoing_requests=128, max_queued_requests=512)
+@serve.deployment(
+    name="edge",
+    max_ongoing_requests=1024,  # the edge's own queue knows what it can answer in time
+    max_queued_requests=256,
+    backpressure_config=BackpressureConfig(retry_after_s=1),
+)
 @serve.ingress(api)
 class Edge:
     """The edge device: answers what it can, asks the cloud for the rest."""
