@@ -5,6 +5,7 @@ judgement is on validation; test stays unseen.
 """
 
 import contextlib
+import copy
 import io
 import logging
 import tempfile
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
 from meanet import quantisation
 from meanet.artifact import CLOUD, EDGE, TrainedModel
@@ -40,18 +42,34 @@ _VERSIONS = ("torch", "onnx", "onnxruntime")
 
 
 class _FromBytes(nn.Module):
-    """A block with the scaling of its pixels before it."""
+    """A block that takes bytes: the scaling of pixels is part of its first convolution.
+
+    That convolution pads with zeros after scaling, which no constant of unscaled pixels stands for. So the mean comes
+    in by a further channel, of 255 within the image and, padded, 0 outside it: exact, and bytes need no arithmetic.
+    """
 
     def __init__(self, block: nn.Module, preprocessing: Preprocessing) -> None:
         super().__init__()
-        self.block = block
-        std = torch.tensor(preprocessing.std)
-        self.scale = nn.Buffer((1 / (255 * std))[None, :, None, None])
-        self.shift = nn.Buffer((torch.tensor(preprocessing.mean) / std)[None, :, None, None])
+        self.block = copy.deepcopy(block)
+        name, first = next((name, part) for name, part in self.block.named_modules() if isinstance(part, nn.Conv2d))
+        self.block.set_submodule(name, _scaling_convolution(first, preprocessing))
 
     def forward(self, images: Tensor, *rest: Tensor) -> Any:
         """(N, H, W, C) bytes, and what else the block takes."""
-        return self.block(images.permute(0, 3, 1, 2).to(torch.float32) * self.scale - self.shift, *rest)
+        marked = functional.pad(images.permute(0, 3, 1, 2), (0, 0, 0, 0, 0, 1), value=255)
+        return self.block(marked.to(torch.float32), *rest)
+
+
+def _scaling_convolution(first: nn.Conv2d, preprocessing: Preprocessing) -> nn.Conv2d:
+    """A convolution over normalised images as one over their bytes and a channel of 255."""
+    assert first.in_channels == preprocessing.channels, "the first convolution takes the image"
+    assert first.padding_mode == "zeros", "a pixel outside is one of the mean colour"
+    mean, std = (torch.tensor(each)[None, :, None, None] for each in (preprocessing.mean, preprocessing.std))
+    weight = torch.cat([first.weight / std, -(first.weight * mean / std).sum(1, keepdim=True)], dim=1) / 255
+    scaling = copy.copy(first)
+    scaling._parameters = {**first._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
+    scaling.in_channels += 1
+    return scaling
 
 
 def export(model: TrainedModel, folder: Path, splits: Splits, wanted: Engines = "int8") -> Exported | None:
