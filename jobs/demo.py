@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import _cli, _progress, _server
+from jobs._export import export_engines
 from jobs._run import RunFolder
 from jobs.evaluate import evaluate
 from jobs.sweep import sweep
@@ -20,6 +21,7 @@ from meanet.artifact import TrainedModel
 from meanet.config import Recipe
 from meanet.errors import UserError, exit_on_user_error
 from meanet.evaluation import ExitsTable
+from meanet.onnx_export import Engines
 from meanet.operating_point import Search
 from meanet.storage import write_text
 from meanet.tracking import Tracker
@@ -38,6 +40,8 @@ class Flags:
     """Data-parallel workers; one per two CPUs of the cluster if not given."""
     storage: str | None = None
     """Where checkpoints go: a path or s3:// that every node can write; the run's folder if not given."""
+    engines: Engines = "onnx"
+    """As jobs.register's. float32 by default: every answer over HTTP is compared with the exits table."""
     force: bool = False
     """Replace a champion of another recipe."""
     json: bool = False
@@ -97,7 +101,8 @@ class Demo:
 
     def _register(self, found: Search) -> None:
         model = self._model().with_operating_point(found.chosen)
-        version = self.tracker.register(model, self._mlflow_run)
+        exported = export_engines(model, self.run.model, self.flags.engines, self.splits)
+        version = self.tracker.register(model, self._mlflow_run, exported)
         self.tracker.promote(version, force=self.flags.force)
         self.run.record.version = version
         _progress.say(f"  meanet version {version} is candidate, then champion")

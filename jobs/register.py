@@ -8,9 +8,11 @@ from typing import Annotated
 import tyro
 
 from jobs import _cli
+from jobs._export import export_engines
 from meanet import artifact
 from meanet.artifact import TrainedModel
 from meanet.errors import UserError, exit_on_user_error
+from meanet.onnx_export import Engines
 from meanet.routing import Policy
 from meanet.study import read_trials
 from meanet.tracking import MODEL, Tracker
@@ -26,6 +28,9 @@ class Flags:
     """Another operating point for the same weights; the folder's own if not given."""
     trial: str | None = None
     """Of a study's folder (jobs.tune): this trial's model and operating point instead of the chosen one's."""
+    engines: Engines = "int8"
+    """What serving may run it by beside torch, exported into the model's folder: onnx = ONNX Runtime in float32; int8 =
+    that, and 8-bit integers where validation accuracy allows; none."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -44,15 +49,17 @@ def read_operating_point(path: Path) -> dict[str, object]:
     return point
 
 
-def _model_and_point(flags: Flags) -> tuple[TrainedModel, dict[str, object]]:
-    """What to register.
+def _chosen(flags: Flags) -> tuple[Path, TrainedModel]:
+    """What to register, and the folder of its weights.
 
     Raises:
         UserError: the folder has no such model, trial or operating point.
     """
     if flags.trial is None:
-        model = artifact.load(flags.folder / "model")
-        return model, read_operating_point(flags.operating_point or flags.folder / "operating_point.json")
+        folder = flags.folder / "model"
+        model = artifact.load(folder)
+        point = read_operating_point(flags.operating_point or flags.folder / "operating_point.json")
+        return folder, model.with_operating_point(point)
     trials = {trial.id: trial for trial in read_trials(flags.folder / "trials") if trial.operating_point}
     if flags.trial not in trials:
         raise UserError(
@@ -60,10 +67,10 @@ def _model_and_point(flags: Flags) -> tuple[TrainedModel, dict[str, object]]:
             f"{', '.join(trials) or '(none)'}, or give a study's folder"
         )
     own = flags.folder / "trials" / flags.trial / "model"  # trials that train nothing share the study's
-    point = trials[flags.trial].operating_point
-    assert point is not None, "others were left out"
-    other = read_operating_point(flags.operating_point) if flags.operating_point else point
-    return artifact.load(own if own.exists() else flags.folder / "model"), other
+    folder, chosen = own if own.exists() else flags.folder / "model", trials[flags.trial].operating_point
+    assert chosen is not None, "others were left out"
+    other = read_operating_point(flags.operating_point) if flags.operating_point else chosen
+    return folder, artifact.load(folder).with_operating_point(other)
 
 
 @exit_on_user_error
@@ -71,10 +78,12 @@ def main() -> None:
     """Command-line entry."""
     environment = _cli.Environment.read()
     flags = _cli.parse("register", Flags)
-    model, point = _model_and_point(flags)
+    folder, model = _chosen(flags)
+    _ = model.policy  # a point of another model shows here, before anything is exported
     tracker = Tracker(environment.tracking_uri)
+    exported = export_engines(model, folder, flags.engines)
     run = tracker.start_run(f"register-{model.recipe.name}", {}, {"recipe": model.recipe.name, "commit": _cli.commit()})
-    version = tracker.register(model.with_operating_point(point), run)
+    version = tracker.register(model, run, exported)
     tracker.end_run(run)
     if flags.json:
         print(json.dumps({"model": MODEL, "version": version, "alias": "candidate"}))

@@ -44,6 +44,7 @@ BOTTOM = (
     "two_gate",
 )
 BOTTOM += ("fronts", "bootstrap", "calibration", "policies", "class_split", "exits_columns")
+BOTTOM += ("images", "preprocessing", "model_spec", "engines", "onnx_engine", "runtime", "edge_device")
 WITHOUT_RAY = ("meanet.training", "meanet.evaluation", "meanet.runtime", "meanet.artifact", "meanet.trial")
 WITHOUT_RAY += ("meanet.study", "meanet.study_report", "tune_spaces.joint")
 
@@ -164,7 +165,8 @@ for name in (
     "ray.tune", "ray.tune.integration.ray_train", "ray.tune.schedulers", "ray.tune.search.optuna", "optuna",
     "ray.serve.schema", "mlflow", "mlflow.pyfunc", "mlflow.models", "mlflow.types", "sqlalchemy.exc", "fastapi",
     "starlette.formparsers", "multipart", "pyarrow.parquet", "pyarrow.fs", "pyarrow.compute", "matplotlib.figure",
-    "PIL.Image", "safetensors.torch", "tyro", "httpx", "pandas", "pydantic",
+    "PIL.Image", "safetensors.torch", "tyro", "httpx", "pandas", "pydantic", "onnxruntime.quantization",
+    "onnxruntime.quantization.shape_inference", "torch.onnx",
 ):
     importlib.import_module(name)
 seen, environment = [], dict(os.environ)

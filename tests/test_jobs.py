@@ -170,9 +170,14 @@ def test_evaluate_sweep_register_promote_by_json(job: Job, folder: Path) -> None
     assert {row["scaled"] for row in swept["front"]} == {False, True}
     assert all(row["split"] == "validation" and 0 <= row["test"]["accuracy"] <= 1 for row in swept["front"])
     assert swept["operating_point"]["split"] == "validation"
-    first = json.loads(job("jobs.register", "outputs/digits", "--json").stdout)
+    registered = job("jobs.register", "outputs/digits", "--json")
+    first = json.loads(registered.stdout)
+    assert "exported onnx" in registered.stderr
+    assert "onnx_int8 is " in registered.stderr
     assert json.loads(job("jobs.promote", "candidate", "--json").stdout)["champion"] == first["version"]
-    second = json.loads(job("jobs.register", "outputs/digits", "--json").stdout)
+    again = job("jobs.register", "outputs/digits", "--json")
+    second = json.loads(again.stdout)
+    assert "exported" not in again.stderr, "the same weights need it once"
     promoted = json.loads(job("jobs.promote", str(second["version"]), "--json").stdout)
     assert promoted == {"model": "meanet", "champion": second["version"], "replaced": first["version"]}
     back = json.loads(job("jobs.promote", "--rollback", "--json").stdout)

@@ -15,10 +15,10 @@ from PIL import Image
 from meanet import data
 from meanet.config import DataConfig
 from meanet.data import ImageTable, StreamedTable
-from meanet.data.images import BadImageError
 from meanet.data.loading import load, resident_limit
 from meanet.data.shards import write
 from meanet.errors import UserError
+from meanet.images import BadImageError
 
 NAMES = ("ant", "bee", "cat")
 

@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import mlflow
+import pandas
 import pytest
 from conftest import ENVIRONMENT
 from mlflow import MlflowClient
 
+from meanet import artifact, engines, onnx_export
 from meanet.artifact import TrainedModel
 from meanet.data import Splits
 from meanet.errors import UserError
@@ -59,6 +61,26 @@ def test_download_gives_back_the_same_model(tracker: Tracker, versions: tuple[in
     assert downloaded.recipe == model.recipe
     assert downloaded.operating_point == model.operating_point
     assert downloaded.hard_classes == model.hard_classes
+
+
+def test_exported_engines_travel_with_the_version(
+    tracker: Tracker, run: str, model: TrainedModel, splits: Splits, tmp_path: Path, uri: str
+) -> None:
+    """And the registered model answers by the one that is asked for, without torch where that is ONNX Runtime."""
+    folder = artifact.save(model, tmp_path / "model")
+    onnx_export.export(model, folder, splits, "onnx")
+    version = tracker.register(model, run, folder)
+    there = tracker.download_to(version, tmp_path / "there")
+    assert engines.choose(there) == "onnx"
+    assert (there / "engines.json").read_text() == (folder / "engines.json").read_text()
+    images = splits.table.images[splits.test[:40]]
+    wanted = Cascade(model).classify(images).pred.tolist()
+    frame = pandas.DataFrame({"image": [encode_png(image) for image in images]})
+    place = tracker._client.get_model_version_download_uri("meanet", str(version))
+    for name, engine in (("auto", "OnnxEdge"), ("torch", "TorchEdge")):
+        loaded = mlflow.pyfunc.load_model(place, model_config={"engine": name})
+        assert loaded.predict(frame)["class_id"].tolist() == wanted
+        assert type(loaded.unwrap_python_model()._edge._engine).__name__ == engine
 
 
 def test_newest_version_is_candidate(tracker: Tracker, versions: tuple[int, ...]) -> None:
@@ -168,4 +190,14 @@ def test_registered_model_names_all_that_it_needs(tracker: Tracker, versions: tu
     uri = tracker._client.get_model_version_download_uri("meanet", str(versions[0]))
     path = mlflow.artifacts.download_artifacts(uri, tracking_uri=tracker.uri)
     needed = {line.split("==")[0] for line in (Path(path) / "requirements.txt").read_text().splitlines()}
-    assert needed >= {"torch", "torchvision", "pyarrow", "safetensors", "pydantic", "numpy", "pandas", "pillow"}
+    assert needed >= {
+        "torch",
+        "torchvision",
+        "pyarrow",
+        "safetensors",
+        "pydantic",
+        "numpy",
+        "pandas",
+        "pillow",
+        "onnxruntime",
+    }

@@ -6,15 +6,18 @@ Shape letters: N images, H height, W width, C channels.
 import io
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from meanet.config import Payload, jpeg_quality
-from meanet.data.images import MODES, ImageSpec
-from meanet.data.splits import Splits
 from meanet.errors import UserError
+from meanet.images import MODES, ImageSpec
+
+if TYPE_CHECKING:  # a device has no data sets, nor what reads them
+    from meanet.data import Splits
 
 _MAX_PIXELS = 32 * 2**20
 """Of an image that is to be resized: decoded, it takes three times as many bytes."""
@@ -38,10 +41,10 @@ class Preprocessing:
     """By channel, of pixels in 0..1."""
 
     resize: bool = False
-    """Whether images of another size are brought to this one, as `meanet.data.images.ImageSpec` does it."""
+    """Whether images of another size are brought to this one, as `meanet.images.ImageSpec` does it."""
 
     @staticmethod
-    def of(splits: Splits, *, resize: bool = False, imagenet: bool = False) -> "Preprocessing":
+    def of(splits: "Splits", *, resize: bool = False, imagenet: bool = False) -> "Preprocessing":
         """The preprocessing that training images call for: their size, and their channel statistics or ImageNet's."""
         height, width, channels = splits.table.image_shape
         mean, std = splits.table.channel_statistics(splits.train)

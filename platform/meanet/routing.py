@@ -13,6 +13,7 @@ Shape letters: N samples, C classes, H hard classes, k <= H of them in use. Pure
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from functools import cached_property
 from typing import Any, get_args
 
 import numpy as np
@@ -42,6 +43,9 @@ class Exit(IntEnum):
     def label(self) -> str:
         """The name in tables and answers: main, extension or cloud."""
         return self.name.lower()
+
+
+_MAIN, _EXTENSION, _CLOUD = (np.int64(exit_) for exit_ in Exit)  # enums are slow to become arrays
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,18 @@ class Policy:
     def threshold(self) -> float | None:
         """The single threshold of the gates that have one; of others, the first."""
         return self.thresholds[0]
+
+    @cached_property  # asked of each image that a server answers
+    def hard_table(self) -> Bools:
+        """Whether a class is hard, by class id; the last entry stands for all further ids, which are easy."""
+        table = np.zeros(max(self.hard_classes, default=-1) + 2, dtype=bool)
+        table[list(self.hard_classes)] = True
+        return table
+
+    @cached_property
+    def limits(self) -> Floats:
+        """The thresholds as numbers; infinite = never to the cloud."""
+        return np.array([np.inf if value is None or self.edge_only else value for value in self.thresholds])
 
     def check_classes(self, num_classes: int) -> None:
         """Check what only the number of classes C can tell.
@@ -193,7 +209,9 @@ def read(logits: NDArray[np.floating[Any]], temperature: float = 1.0, classes: S
         shifted /= temperature
     with np.errstate(invalid="ignore", over="ignore"):
         finite: Bools = np.isfinite(shifted.sum(axis=1))
-    shifted[~finite] = 0.0
+    sound = bool(finite.all())
+    if not sound:
+        shifted[~finite] = 0.0
     column = np.argmax(shifted, axis=1)
     rows = np.arange(len(column))
     shifted -= shifted[rows, column][:, None]
@@ -202,13 +220,13 @@ def read(logits: NDArray[np.floating[Any]], temperature: float = 1.0, classes: S
     entropy = np.log(total) - np.einsum("ij,ij->i", exponent, shifted) / total
     confidence = 1.0 / total  # the largest exponential is 1
     exponent[rows, column] = 0.0
-    second = exponent.max(axis=1) / total
-    return Reading(
-        pred=column if classes is None else np.asarray(classes, dtype=np.int64)[column],
-        confidence=np.where(finite, confidence, 0.0),
-        entropy=np.where(finite, np.maximum(entropy, 0.0), np.inf),
-        margin=np.where(finite, confidence - second, 0.0),
-    )
+    margin = confidence - exponent.max(axis=1) / total
+    entropy = np.maximum(entropy, 0.0)
+    pred = column if classes is None else np.asarray(classes, dtype=np.int64)[column]
+    if not sound:
+        confidence, margin = np.where(finite, confidence, 0.0), np.where(finite, margin, 0.0)
+        entropy = np.where(finite, entropy, np.inf)
+    return Reading(pred, confidence, entropy, margin)
 
 
 def read_main(logits: NDArray[np.floating[Any]], policy: Policy) -> Reading:
@@ -236,17 +254,19 @@ def complexity(reading: Reading, measure: Measure) -> Floats:
 
 def is_hard(main: Reading, policy: Policy) -> Bools:
     """(N,) step 2: whether the main exit predicts a hard class."""
-    return np.isin(main.pred, np.asarray(policy.hard_classes, dtype=np.int64))
+    table = policy.hard_table
+    found: Bools = table[np.minimum(main.pred, len(table) - 1)]
+    return found
 
 
 def _limits(main: Reading, hard: Bools, policy: Policy) -> Floats:
-    """(N,) the threshold that holds for each sample; infinite = never to the cloud."""
-    limits: Floats = np.array([np.inf if value is None else value for value in policy.thresholds])
-    if policy.edge_only:
-        limits[:] = np.inf
-    place = {"two_gate": hard.astype(np.int64), "per_class": main.pred}.get(policy.gate, np.zeros_like(main.pred))
-    own: Floats = limits[place]
-    return own
+    """(N,) the threshold that holds for each sample, (1,) where one holds for all; infinite = never to the cloud."""
+    limits = policy.limits
+    if policy.gate == "per_class":
+        limits = limits[main.pred]
+    elif policy.gate == "two_gate":
+        limits = limits[hard.astype(np.int64)]
+    return limits
 
 
 def _waits(policy: Policy) -> bool:
@@ -266,7 +286,7 @@ def first_exit(main: Reading, policy: Policy) -> Ints:
         leaves = np.where(hard, complexity(main, policy.measures[1]) > limits, leaves)
     if _waits(policy):  # but for those of which the main exit says nothing
         leaves = np.where(hard, np.isinf(main.entropy) & np.isfinite(limits), leaves)
-    return np.where(leaves, Exit.CLOUD, np.where(hard, Exit.EXTENSION, Exit.MAIN)).astype(np.int64)
+    return np.where(leaves, _CLOUD, np.where(hard, _EXTENSION, _MAIN))
 
 
 def still_complex(main: Reading, settled: Reading, policy: Policy) -> Bools:

@@ -1,5 +1,6 @@
 """A trained model as an edge device executes it: conditional and batched. One pass of the main block; the extension
-runs only on the samples that go on; the complex ones are handed back for the cloud.
+runs only on the samples that go on; the complex ones are handed back for the cloud. What computes is an engine
+(`meanet.engines`): torch or ONNX Runtime.
 
 Shape letters: N samples, C classes, H hard classes.
 """
@@ -9,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from meanet.artifact import TrainedModel, load
+from meanet import engines, model_spec
+from meanet.engines import CloudEngine, EdgeEngine
+from meanet.model_spec import EdgeSpec, ModelSpec
 from meanet.preprocessing import transmit
 from meanet.routing import (
     Exit,
@@ -56,21 +57,20 @@ class Answers:
 class EdgeRuntime:
     """Main, adaptive and extension blocks in one process."""
 
-    def __init__(self, model: TrainedModel) -> None:
+    def __init__(self, model: EdgeSpec, engine: EdgeEngine | None = None) -> None:
+        """`engine` runs the blocks; torch, over a trained model's own networks, if not given."""
         self.model = model
-        self._meanet = model.networks.meanet
+        self._engine = engine or engines.in_torch(model)
 
-    @torch.inference_mode()
     def run(self, images: Images, policy: Policy) -> tuple[Answers, "Pending"]:
         """Answer what the edge may answer of (N, H, W, C) images; the others wait in `Pending`."""
-        tensor = torch.from_numpy(self.model.preprocessing.normalise(images))
-        features, logits = self._meanet.main(tensor)
-        main = read_main(logits.numpy(), policy)
+        kept, logits = self._engine.main(images)
+        main = read_main(logits, policy)
         exits = first_exit(main, policy)
         answers = Answers(
             exits.copy(), main.pred.copy(), main.confidence.copy(), main.entropy, np.zeros(len(images), dtype=bool)
         )
-        pending = Pending(tensor, features, main)
+        pending = Pending(kept, main)
         rows = np.flatnonzero(exits == Exit.EXTENSION)
         if len(rows):
             settled = self._extend(rows, pending, answers, policy)
@@ -78,7 +78,6 @@ class EdgeRuntime:
         pending.rows = np.flatnonzero(answers.exit == Exit.CLOUD)
         return answers, pending
 
-    @torch.inference_mode()
     def finish(self, answers: Answers, pending: "Pending", policy: Policy, rows: Ints | None = None) -> None:
         """The cloud cannot be had: give waiting samples the edge's best answer (steps 2 and 3 of the rule).
 
@@ -98,9 +97,8 @@ class EdgeRuntime:
             self._extend(rows[hard], pending, answers, policy)
 
     def _extend(self, rows: Ints, pending: "Pending", answers: Answers, policy: Policy) -> Reading:
-        index = torch.from_numpy(rows)
-        logits = self._meanet.path(pending.images.index_select(0, index), pending.features.index_select(0, index))
-        settled = settle(pending.main.take(rows), read_extension(logits.numpy(), policy))
+        logits = self._engine.extend(pending.kept, rows)
+        settled = settle(pending.main.take(rows), read_extension(logits, policy))
         answers.accept(rows, Exit.EXTENSION, settled)
         answers.extended[rows] = True
         return settled
@@ -110,10 +108,8 @@ class EdgeRuntime:
 class Pending:
     """Samples that wait for the cloud, and what the edge needs should it not answer."""
 
-    images: Tensor
-    """(N, C, H, W) of the whole batch."""
-    features: Tensor
-    """(N, F, h, w) of the whole batch."""
+    kept: Any
+    """What the engine keeps of the whole batch for its extension block."""
     main: Reading
     """Of the whole batch."""
     rows: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
@@ -123,27 +119,34 @@ class Pending:
 class CloudRuntime:
     """The cloud's network."""
 
-    def __init__(self, model: TrainedModel) -> None:
-        self._preprocessing = model.preprocessing
-        self._cloud = model.networks.cloud
+    def __init__(self, model: EdgeSpec, engine: CloudEngine | None = None) -> None:
+        """`engine` runs the network; torch, over a trained model's own, if not given."""
+        self._engine = engine or engines.cloud_in_torch(model)
 
     def run(self, images: Images) -> Reading:
         """Answers for (N, H, W, C) images."""
-        return read(self.logits(images))
-
-    @torch.inference_mode()
-    def logits(self, images: Images) -> NDArray[np.float32]:
-        """(N, num_classes) of (N, H, W, C) images."""
-        logits: NDArray[np.float32] = self._cloud(torch.from_numpy(self._preprocessing.normalise(images))).numpy()
-        return logits
+        return read(self._engine.logits(images))
 
 
 class Cascade:
     """Edge and cloud in one process, as a registered model answers in plain Python."""
 
-    def __init__(self, model: TrainedModel) -> None:
+    def __init__(self, model: ModelSpec, edge: EdgeEngine | None = None, cloud: CloudEngine | None = None) -> None:
         self.model = model
-        self._edge, self._cloud = EdgeRuntime(model), CloudRuntime(model)
+        self._edge, self._cloud = EdgeRuntime(model, edge), CloudRuntime(model, cloud)
+
+    @staticmethod
+    def open(folder: Path, engine: str = "auto") -> "Cascade":
+        """Of a model's folder.
+
+        Raises:
+            UserError: it is not whole, or the engine cannot be had.
+        """
+        engine = engines.choose(folder, engine)
+        if engine == "torch":
+            return Cascade(engines.in_networks(folder))
+        spec = model_spec.read(folder)
+        return Cascade(spec, engines.open_edge(folder, engine), engines.open_cloud(folder, engine))
 
     def classify(self, images: Images, policy: Policy | None = None) -> Answers:
         """Answers for (N, H, W, C) images, by the model's own operating point unless told otherwise."""
@@ -172,6 +175,9 @@ class Cascade:
         )
 
 
-def _load_pyfunc(data_path: str) -> Cascade:
-    """MLflow's loader contract: called by `mlflow.pyfunc.load_model` with the artifact's folder."""
-    return Cascade(load(Path(data_path)))
+def _load_pyfunc(data_path: str, model_config: dict[str, Any] | None = None) -> Cascade:
+    """MLflow's loader contract: called by `mlflow.pyfunc.load_model` with the artifact's folder.
+
+    Of its `model_config`, `engine` is read: one of `meanet.engines.NAMES`, `auto` if not given.
+    """
+    return Cascade.open(Path(data_path), (model_config or {}).get("engine", "auto"))

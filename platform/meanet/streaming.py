@@ -18,9 +18,9 @@ from torch import Tensor
 
 from meanet.config import Recipe
 from meanet.data import Splits, StreamedTable
-from meanet.data.images import ImageSpec
 from meanet.data.loading import Piece
 from meanet.feeds import Augmentation, Batch, Feed, Scaling, Share
+from meanet.images import ImageSpec
 
 _BLOCK_BYTES = 16 * 2**20
 """What a task decodes at most."""

@@ -30,7 +30,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 from sqlalchemy.exc import SQLAlchemyError
 
-from meanet import artifact
+from meanet import artifact, engines
 from meanet.artifact import TrainedModel
 from meanet.data import Images
 from meanet.errors import UserError
@@ -164,8 +164,13 @@ class Tracker:
 
     # Registry
 
-    def register(self, model: TrainedModel, run_id: str) -> int:
+    def register(self, model: TrainedModel, run_id: str, exported: Path | None = None) -> int:
         """Store a model with its operating point as a new version, alias `candidate`; returns the version.
+
+        Args:
+            model: what to store.
+            run_id: the run that made it.
+            exported: a folder with its exported engines; torch alone if not given.
 
         The version is an MLflow pyfunc: `mlflow.pyfunc.load_model("models:/meanet@champion")` answers PNG or JPEG
         bytes in plain Python. It brings this library's code; its weights are safetensors.
@@ -173,7 +178,10 @@ class Tracker:
         point_id = policy_id(model.policy)
         with tempfile.TemporaryDirectory() as folder:
             package = Path(folder) / "package"
-            _save_pyfunc(artifact.save(model, Path(folder) / "model"), package)
+            data = artifact.save(model, Path(folder) / "model")
+            if exported is not None:
+                engines.copy(exported, data)
+            _save_pyfunc(data, package)
             place = f"model-{secrets.token_hex(4)}"  # one run may make many versions
             self._client.log_artifacts(run_id, str(package), place)
         with contextlib.suppress(MlflowException):  # it exists
@@ -209,10 +217,14 @@ class Tracker:
 
     def download(self, version: int) -> TrainedModel:
         """The model of a version."""
-        uri = self._client.get_model_version_download_uri(MODEL, str(version))
         with tempfile.TemporaryDirectory() as folder:
-            path = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder, tracking_uri=self.uri)
-            return artifact.load(Path(path) / "data" / "model")
+            return artifact.load(self.download_to(version, Path(folder)))
+
+    def download_to(self, version: int, folder: Path) -> Path:
+        """The model's folder of a version, below `folder`: weights, what it says of itself, exported engines."""
+        uri = self._client.get_model_version_download_uri(MODEL, str(version))
+        path = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder), tracking_uri=self.uri)
+        return Path(path) / "data" / "model"
 
     def run_of(self, version: int) -> str:
         """The run that made a version."""
@@ -273,7 +285,7 @@ class Tracker:
 
 
 _REQUIREMENTS: tuple[str, ...] = ("torch", "torchvision", "numpy", "pandas", "pillow", "pyarrow", "safetensors")
-_REQUIREMENTS += ("pydantic", "mlflow-skinny")
+_REQUIREMENTS += ("pydantic", "mlflow-skinny", "onnxruntime")
 """What a registered model needs to answer."""
 
 
@@ -300,6 +312,7 @@ def _save_pyfunc(folder: Path, package: Path) -> None:
             data_path=str(folder),
             code_paths=[str(code)],
             signature=signature,
+            model_config={"engine": "auto"},
             pip_requirements=[f"{name}=={metadata.version(name)}" for name in _REQUIREMENTS],
         )
 

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from meanet.config import DataConfig
-from meanet.data.images import MODES, BadImageError, ImageSpec, Pixels, Skipped, moments, open_image, pixel_digest
 from meanet.data.sources import MISSING, Encoded, Facts, Shard, open_source
 from meanet.data.table import Images, ImageTable, Rows
 from meanet.errors import UserError
+from meanet.images import MODES, BadImageError, ImageSpec, Pixels, Skipped, moments, open_image, pixel_digest
 
 Kept = Literal["resident", "streaming"]
 _PROBED = 64

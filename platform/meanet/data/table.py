@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from meanet.data.images import Pixels, Skipped, moments, pixel_digest
+from meanet.images import Pixels, Skipped, moments, pixel_digest
 
 Rows = NDArray[np.int64]
 _CHUNK = 1024

@@ -1,0 +1,115 @@
+"""From float32 to 8-bit integers: static quantisation on calibration images, and the accuracy that it may cost.
+
+Judged is the edge alone, for no answer of a cloud hides a loss there: the main exit of all images, and the exit rule
+with every hard class in use and nothing sent up. Neither depends on an operating point: a new one needs no new
+judgement.
+"""
+
+import logging
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from meanet.engines import EdgeEngine, Pictures
+from meanet.model_spec import EdgeSpec
+from meanet.routing import Policy
+from meanet.runtime import EdgeRuntime
+
+MAX_LOSS = 0.003
+"""Of accuracy, 0..1: 0.3 points below float32's at most."""
+_SLACK = 1e-9
+"""Shares of images are rounded numbers."""
+
+Fed = Mapping[str, NDArray[Any]]
+"""A batch of a graph's inputs."""
+
+
+class _Reader(CalibrationDataReader):  # type: ignore[misc]
+    """Batches in the form that ONNX Runtime asks for them."""
+
+    def __init__(self, batches: Iterable[Fed]) -> None:
+        self._batches = iter(batches)
+
+    def get_next(self) -> Fed | None:
+        """The next batch; None after the last."""
+        return next(self._batches, None)
+
+
+def quantise(source: Path, target: Path, batches: Iterable[Fed]) -> None:
+    """Weights to signed 8 bits a channel, activations to unsigned 8 bits by the range that these batches show."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it recommends what was done
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            prepared = Path(folder) / "prepared.onnx"
+            quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+            quantize_static(
+                str(prepared),
+                str(target),
+                _Reader(batches),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+            )
+            onnx.save(_bytes_as_they_are(onnx.load(str(target))), str(target))
+    finally:
+        logging.disable(level)
+
+
+def _bytes_as_they_are(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Bytes that are made floats only to be made the same bytes again (a scale of 1 from 0) stay bytes."""
+    graph = model.graph
+    numbers = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+    casts = {node.output[0]: node for node in graph.node if node.op_type == "Cast"}
+    for node in [node for node in graph.node if node.op_type == "QuantizeLinear" and node.input[0] in casts]:
+        if numbers[node.input[1]] != 1 or numbers[node.input[2]] != 0:
+            continue
+        cast = casts[node.input[0]]
+        for other in graph.node:
+            other.input[:] = [cast.input[0] if name == node.output[0] else name for name in other.input]
+        graph.node.remove(node)
+        if not any(cast.output[0] in other.input for other in graph.node):
+            graph.node.remove(cast)
+    return model
+
+
+def judge(
+    model: EdgeSpec,
+    fp32: EdgeEngine,
+    int8: EdgeEngine,
+    batches: Iterable[Pictures],
+    labels: NDArray[np.int64],
+) -> dict[str, Any]:
+    """Accuracy of both on labelled images that nothing was chosen on, and whether int8 is kept."""
+    policies = {
+        "main": Policy(edge_only=True),
+        "edge": Policy(hard_classes=model.hard_classes, edge_only=True),
+    }
+    runtimes = EdgeRuntime(model, fp32), EdgeRuntime(model, int8)
+    answers: dict[str, list[tuple[NDArray[np.int64], ...]]] = {name: [] for name in policies}
+    for images in batches:
+        for name, policy in policies.items():
+            answers[name].append(tuple(runtime.run(images, policy)[0].pred for runtime in runtimes))
+    figures = {}
+    for name, parts in answers.items():
+        before, after = (np.concatenate(column) for column in zip(*parts, strict=True))
+        figures[name] = {
+            "accuracy_fp32": float((before == labels).mean()),
+            "accuracy": float((after == labels).mean()),
+            "same_answers": float((before == after).mean()),
+        }
+    lost = {name: each["accuracy_fp32"] - each["accuracy"] for name, each in figures.items()}
+    worst = max(lost, key=lambda name: lost[name])
+    kept = lost[worst] <= MAX_LOSS + _SLACK
+    reason = (
+        f"{worst} loses {100 * lost[worst]:.2f} points of accuracy on validation, and {100 * MAX_LOSS:.1f} are allowed"
+    )
+    return {"kept": kept, "reason": reason, "validation_images": len(labels), "max_loss": MAX_LOSS, **figures}
