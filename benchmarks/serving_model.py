@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 from safetensors.torch import load_file
-from torch import nn
 
-from benchmarks.serving_peers.predict import Edge, Images, session, softmax
+from benchmarks.serving_peers.predict import Edge, decode, session, softmax
+from meanet import artifact, data, onnx_export
 from meanet.artifact import TrainedModel
-from meanet.config import Recipe
+from meanet.config import DataConfig, Recipe
 from meanet.energy import Macs
 from meanet.models import bytes_moved_of
 from meanet.preprocessing import Preprocessing
@@ -59,36 +58,16 @@ def load_model(evidence: Path) -> TrainedModel:
     )
 
 
-def _export(network: nn.Module, inputs: dict[str, torch.Tensor], outputs: list[str], path: Path) -> None:
-    batch = torch.export.Dim("batch", min=1, max=1 << 16)
-    torch.onnx.export(
-        network,
-        tuple(inputs.values()),
-        path,
-        input_names=list(inputs),
-        output_names=outputs,
-        dynamic_shapes=tuple({0: batch} for _ in inputs),
-        external_data=False,
-        dynamo=True,
-        verbose=False,
-    )
+def export(model: TrainedModel, folder: Path, source: str, bodies: list[bytes], cloud_share: float) -> float:
+    """Write the model's folder, its ONNX files and what the peers read of it.
 
-
-def export(model: TrainedModel, folder: Path, bodies: list[bytes], cloud_share: float) -> float:
-    """Write the ONNX files and `served.json`; returns the threshold that sends `cloud_share` of the bodies up."""
-    folder.mkdir(parents=True, exist_ok=True)
-    meanet, cloud = model.networks.meanet, model.networks.cloud
-    images = torch.zeros(2, *model.preprocessing.image_shape)
-    features, _ = meanet.main(images)
-    _export(meanet.main, {"images": images}, ["features", "logits"], folder / "main.onnx")
-    _export(meanet.path, {"images": images, "features": features}, ["logits"], folder / "path.onnx")
-    _export(cloud, {"images": images}, ["logits"], folder / "cloud.onnx")
-    described: dict[str, Any] = {
-        **asdict(model.preprocessing),
-        "class_names": model.class_names,
-        "hard_classes": model.hard_classes,
-    }
-    _, logits = session(folder / "main.onnx").run(None, {"images": Images(described).decode(bodies)})
+    Returns:
+        The threshold that sends `cloud_share` of the bodies up.
+    """
+    config = DataConfig(source=source, validation_fraction=0.1, test_fraction=0.1)
+    onnx_export.export(model, artifact.save(model, folder), data.divide(data.load(config), config, 0), "onnx")
+    described: dict[str, Any] = {"class_names": model.class_names, "hard_classes": model.hard_classes}
+    _, logits = session(folder / "main.onnx").run(["features", "logits"], {"images": decode(bodies)})
     p = softmax(logits)
     entropy = np.sort(-(p * np.log(np.maximum(p, 1e-30))).sum(axis=1))
     place = len(entropy) - round(cloud_share * len(entropy))
@@ -97,12 +76,12 @@ def export(model: TrainedModel, folder: Path, bodies: list[bytes], cloud_share: 
     return threshold
 
 
-def register(model: TrainedModel, uri: str, threshold: float) -> None:
+def register(model: TrainedModel, uri: str, threshold: float, folder: Path) -> None:
     """The champion of a new store."""
     policy = Policy(thresholds=(threshold,), hard_classes=model.hard_classes)
     point = {**policy.to_dict(), "energy": asdict(model.recipe.energy)}
     tracker = Tracker(uri)
-    tracker.promote(tracker.register(model.with_operating_point(point), tracker.start_run("serving", {}, {})))
+    tracker.promote(tracker.register(model.with_operating_point(point), tracker.start_run("serving", {}, {}), folder))
 
 
 def expected(folder: Path, bodies: list[bytes]) -> list[tuple[int, str]]:

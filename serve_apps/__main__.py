@@ -23,6 +23,7 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.context import _get_global_client
 from ray.serve.schema import LoggingConfig
 
+from meanet import engines
 from meanet.cluster import ray_cluster
 from meanet.errors import UserError, exit_on_user_error
 from meanet.storage import write_text
@@ -49,6 +50,8 @@ class Flags:
     """Replicas of the edge's blocks."""
     cloud_replicas: int = 1
     """Replicas of the cloud's network."""
+    engine: engines.Name = "auto"
+    """What runs the networks; auto takes the fastest that was exported and kept at registration."""
     ingress: Literal["haproxy", "default"] = "haproxy"
     """Of a local cluster: HAProxy, or Ray Serve's own proxy, which costs several times as much a request."""
     ready_file: Path | None = None
@@ -152,6 +155,7 @@ def main() -> None:
         version=str(version),
         edge_replicas=flags.edge_replicas,
         cloud_replicas=flags.cloud_replicas,
+        engine=flags.engine,
     )
     with ingress_of(flags), ray_cluster(os.environ.get("RAY_ADDRESS") or None):
         ready = threading.Event()

@@ -13,16 +13,14 @@ from importlib import metadata
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
-from meanet.artifact import TrainedModel
-from meanet.runtime import CloudRuntime, Images
-from meanet.tracking import MODEL, Tracker
+from meanet import engines
+from meanet.runtime import Images
 from serve_apps import invocations, v2
 from serve_apps.cloud_calls import CloudAnswer, CloudRequest
 from serve_apps.edge import EdgeService
@@ -32,6 +30,7 @@ from serve_apps.http import (
     MAX_BATCH_BYTES,
     MAX_BATCH_IMAGES,
     MAX_IMAGE_BYTES,
+    MODEL,
     ONE_IMAGE,
     Answer,
     BatchAnswer,
@@ -41,7 +40,7 @@ from serve_apps.http import (
     read_body,
     read_images,
 )
-from serve_apps.served import Served
+from serve_apps.loading import load_cloud, load_edge
 
 api = FastAPI(title="MEANet", description="Images in, classes out; each answer says which exit gave it.")
 Asked = Annotated[Wishes, Query()]
@@ -69,22 +68,18 @@ class AppArgs(BaseModel):
     """Replicas of main, adaptive and extension block."""
     cloud_replicas: int = 1
     """Replicas of the cloud network."""
+    engine: engines.Name = "auto"
+    """What runs the networks: torch, onnx, onnx_int8 (the cloud's in float32); auto takes the fastest that was kept."""
     num_cpus: float = 1.0
     """CPUs a replica reserves; each computes on one thread."""
-
-
-def _load(tracking_uri: str, version: int) -> TrainedModel:
-    torch.set_num_threads(1)
-    return Tracker(tracking_uri).download(version)
 
 
 @serve.deployment(name="cloud", max_ongoing_requests=16, max_queued_requests=256)
 class Cloud:
     """The deep network, for complex samples."""
 
-    def __init__(self, tracking_uri: str, version: int) -> None:
-        model = _load(tracking_uri, version)
-        self._runtime, self._preprocessing = CloudRuntime(model), model.preprocessing
+    def __init__(self, tracking_uri: str, version: int, engine: str) -> None:
+        self._runtime, self._preprocessing = load_cloud(tracking_uri, version, engine)
 
     async def classify(self, request: CloudRequest) -> CloudAnswer:
         """Answers for N samples."""
@@ -103,12 +98,12 @@ class Cloud:
 class Edge:
     """The edge device: answers what it can, asks the cloud for the rest."""
 
-    def __init__(self, tracking_uri: str, version: int, cloud: DeploymentHandle[Any]) -> None:
+    def __init__(self, tracking_uri: str, version: int, engine: str, cloud: DeploymentHandle[Any]) -> None:
         async def ask_cloud(request: CloudRequest) -> CloudAnswer:
             answer: CloudAnswer = await cloud.classify.remote(request)
             return answer
 
-        self._service = EdgeService(Served.of(_load(tracking_uri, version), version), ask_cloud)
+        self._service = EdgeService(load_edge(tracking_uri, version, engine), ask_cloud)
 
     @api.post("/v1/classify", openapi_extra=ONE_IMAGE)
     async def classify(self, request: Request, wishes: Asked) -> Answer:
@@ -223,6 +218,8 @@ class Edge:
 
 def app(args: AppArgs) -> serve.Application:
     """The application: `serve deploy serve_apps/meanet.yaml`, or `python -m serve_apps`."""
+    from meanet.tracking import Tracker
+
     version = Tracker(args.tracking_uri).version_of(args.version)
     environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
     options = {"num_cpus": args.num_cpus, "runtime_env": environment}
@@ -230,5 +227,7 @@ def app(args: AppArgs) -> serve.Application:
     edge_deployment: Any = Edge
     cloud = cloud_deployment.options(num_replicas=args.cloud_replicas, ray_actor_options=options)
     edge = edge_deployment.options(num_replicas=args.edge_replicas, ray_actor_options=options)
-    graph: serve.Application = edge.bind(args.tracking_uri, version, cloud.bind(args.tracking_uri, version))
+    graph: serve.Application = edge.bind(
+        args.tracking_uri, version, args.engine, cloud.bind(args.tracking_uri, version, args.engine)
+    )
     return graph

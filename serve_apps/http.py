@@ -10,6 +10,8 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from serve_apps.arrow import RefusedError, images_of
 
+MODEL = "meanet"
+"""The registered model's name, as in `meanet.tracking`, which would bring torch and MLflow with it."""
 MAX_IMAGE_BYTES = 8 * 2**20
 MAX_BATCH_BYTES = 64 * 2**20
 MAX_BATCH_IMAGES = 2048

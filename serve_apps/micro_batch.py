@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from meanet.errors import UserError
-from meanet.operating_point import policy_id
-from meanet.routing import Bools, Ints, Policy
+from meanet.routing import Bools, Ints, Policy, policy_id
 from meanet.runtime import Answers, Images, Pending
 from serve_apps.http import EXIT_NAMES, Answer, AppliedPolicy, Joules, Milliseconds
 from serve_apps.observer import Observer

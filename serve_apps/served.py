@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, replace
 
-from meanet.artifact import TrainedModel
 from meanet.energy import CostModel
+from meanet.engines import EdgeEngine
+from meanet.model_spec import ModelSpec
 from meanet.routing import Policy
 from meanet.runtime import EdgeRuntime
 
@@ -14,20 +15,20 @@ class Served:
 
     version: int
     """Of the registered model."""
-    model: TrainedModel
+    model: ModelSpec
     policy: Policy
     """In force: the operating point's, or what an operator put in its place."""
     runtime: EdgeRuntime
     costs: CostModel
 
     @staticmethod
-    def of(model: TrainedModel, version: int) -> "Served":
-        """A loaded model under its own operating point.
+    def of(model: ModelSpec, version: int, engine: EdgeEngine | None = None) -> "Served":
+        """A model under its own operating point; `engine` runs its blocks, torch over its own networks if not given.
 
         Raises:
             UserError: it has none, or one that does not fit it.
         """
-        return Served(version, model, model.policy, EdgeRuntime(model), model.costs)
+        return Served(version, model, model.policy, EdgeRuntime(model, engine), model.costs)
 
     def with_policy(self, policy: Policy) -> "Served":
         """The same weights under another policy."""

@@ -25,21 +25,12 @@ def session(path: Path) -> onnxruntime.InferenceSession:
     """One thread, as all servers here have it."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-class Images:
-    """From bytes to what the networks take."""
-
-    def __init__(self, described: dict[str, Any]) -> None:
-        std = np.array(described["std"], np.float32)
-        self._scale, self._shift = 1 / (255 * std), np.array(described["mean"], np.float32) / std
-
-    def decode(self, bodies: Sequence[bytes]) -> Any:
-        """(N, C, H, W) floats."""
-        pixels = np.stack([np.asarray(Image.open(io.BytesIO(body), formats=("PNG", "JPEG"))) for body in bodies])
-        return np.ascontiguousarray((pixels.astype(np.float32) * self._scale - self._shift).transpose(0, 3, 1, 2))
+def decode(bodies: Sequence[bytes]) -> Any:
+    """(N, H, W, C) bytes: the files scale pixels themselves."""
+    return np.stack([np.asarray(Image.open(io.BytesIO(body), formats=("PNG", "JPEG"))) for body in bodies])
 
 
 def softmax(logits: Any) -> Any:
@@ -53,8 +44,7 @@ class Edge:
 
     def __init__(self, folder: Path, ask_cloud: Callable[[Sequence[bytes]], CloudAnswers] | None = None) -> None:
         described = json.loads((folder / "served.json").read_text())
-        self._images = Images(described)
-        self._main, self._path = session(folder / "main.onnx"), session(folder / "path.onnx")
+        self._main, self._path = session(folder / "main.onnx"), session(folder / "extension.onnx")
         self._names = described["class_names"]
         self._classes = np.array(described["hard_classes"])
         self._hard = np.isin(np.arange(len(self._names)), self._classes)
@@ -63,8 +53,8 @@ class Edge:
 
     def predict(self, bodies: Sequence[bytes]) -> list[dict[str, Any]]:
         """The answers, in order."""
-        images = self._images.decode(bodies)
-        features, logits = self._main.run(None, {"images": images})
+        images = decode(bodies)
+        features, logits = self._main.run(["features", "logits"], {"images": images})
         p = softmax(logits)
         entropy = -(p * np.log(np.maximum(p, 1e-30))).sum(axis=1)
         pred, confidence = p.argmax(axis=1), p.max(axis=1)
@@ -97,12 +87,11 @@ class Cloud:
     """The deep network."""
 
     def __init__(self, folder: Path) -> None:
-        self._images = Images(json.loads((folder / "served.json").read_text()))
         self._network = session(folder / "cloud.onnx")
 
     def classify(self, bodies: Sequence[bytes]) -> CloudAnswers:
         """Class ids and confidences, in order."""
-        (logits,) = self._network.run(None, {"images": self._images.decode(bodies)})
+        (logits,) = self._network.run(None, {"images": decode(bodies)})
         p = softmax(logits)
         return list(zip(p.argmax(axis=1).tolist(), p.max(axis=1).tolist(), strict=True))
 

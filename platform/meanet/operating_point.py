@@ -1,7 +1,5 @@
 """Which policy a model is served under: chosen on validation, reported on test."""
 
-import hashlib
-import json
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -19,7 +17,7 @@ from meanet.errors import UserError
 from meanet.evaluation import ExitsTable
 from meanet.fronts import choose, pareto_front, pareto_set
 from meanet.replay import Exits, Outcome, Replayer, replay
-from meanet.routing import GATES, MEASURES, Bools, Floats, Ints, Policy
+from meanet.routing import GATES, MEASURES, Bools, Floats, Ints, Policy, policy_id
 from meanet.thresholds import Points, check_sizes, sweep_gate
 from meanet.two_gate import sweep_two_gates
 
@@ -293,8 +291,3 @@ def describe(
         "energy": asdict(energy),
         "run": run,
     }
-
-
-def policy_id(policy: Policy) -> str:
-    """8 hex digits of the policy's content: the same policy has the same id everywhere."""
-    return hashlib.sha256(json.dumps(policy.to_dict(), sort_keys=True).encode()).hexdigest()[:8]

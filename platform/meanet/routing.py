@@ -10,6 +10,8 @@ by then, and is paid for.
 Shape letters: N samples, C classes, H hard classes, k <= H of them in use. Pure numpy: no torch, no Ray.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -173,6 +175,11 @@ class Policy:
             raise
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"an operating point cannot be read: {type(error).__name__} {error}") from error
+
+
+def policy_id(policy: Policy) -> str:
+    """8 hex digits of the policy's content: the same policy has the same id everywhere."""
+    return hashlib.sha256(json.dumps(policy.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from meanet import artifact, engines
 from meanet.artifact import TrainedModel
 from meanet.data import Images
 from meanet.errors import UserError
-from meanet.operating_point import policy_id
+from meanet.routing import policy_id
 
 MODEL = "meanet"
 EXPERIMENT = "meanet"
