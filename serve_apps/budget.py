@@ -8,9 +8,10 @@ from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
+from pydantic import ConfigDict
 
 from meanet.errors import UserError
-from meanet.routing import Floats
+from meanet.routing import Bools, Floats
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,12 @@ class Budget:
     """Of the device an image, instead."""
     lowest: float = 0.0
     """The threshold never falls below this."""
-    highest: float = float("inf")
-    """Nor rises above this."""
+    highest: float | None = None
+    """Nor rises above this; None = it may rise until nothing goes to the cloud."""
     window: int = 200
     """Requests whose complexities are looked at, and over which an excess is paid back."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     def __post_init__(self) -> None:
         if (self.cloud_share is None) == (self.joules is None):
@@ -36,51 +39,58 @@ class Budget:
             raise UserError(f"budget cloud_share is {share}: it must lie between 0 and 1, both excluded")
         if self.joules is not None and not self.joules > 0:
             raise UserError(f"budget joules is {self.joules}: it must be above 0")
-        if not self.lowest < self.highest:
+        if self.highest is not None and not self.lowest < self.highest:
             raise UserError(f"budget bounds {self.lowest}..{self.highest}: give lowest < highest")
         if self.window < 20:
             raise UserError(f"budget window is {self.window}: it must be 20 or more requests")
 
 
 class BudgetKeeper:
-    """Moves one replica's threshold."""
+    """Moves one replica's threshold. Replicas need not know of each other: where each holds the target, all do."""
 
-    def __init__(self, budget: Budget, threshold: float) -> None:
-        """Starts from the operating point's `threshold`."""
+    def __init__(self, budget: Budget, threshold: float, excess: float = 0.0) -> None:
+        """Starts from the operating point's `threshold`, and owes what the keeper before it had sent too much."""
         self.budget = budget
-        self.threshold = float(np.clip(threshold, budget.lowest, budget.highest))
+        self._highest = np.inf if budget.highest is None else budget.highest
+        self.threshold = float(np.clip(threshold, budget.lowest, self._highest))
+        self.excess = excess
+        """Requests that went beyond the target so far and are to be paid back."""
         self._seen: deque[float] = deque(maxlen=budget.window)
-        self._excess = 0.0
         self._joules: deque[tuple[float, float]] = deque(maxlen=budget.window)
 
     @property
     def bounded(self) -> bool:
         """Whether the threshold stands at a bound, so that the target may not be held."""
-        return self.threshold in (self.budget.lowest, self.budget.highest)
+        return self.threshold in (self.budget.lowest, self._highest)
 
-    def record(self, complexity: Floats, edge_joules: Floats, upload_joules: Floats) -> float:
-        """What a micro-batch was like, under the threshold in force; returns the next one.
+    def record(self, complexity: Floats, wanted: Bools, edge_joules: Floats, upload_joules: Floats) -> float:
+        """What a micro-batch was like; returns the threshold for the next one.
 
         Args:
             complexity: (N,) of the samples that may go to the cloud; infinite ones go whatever the threshold.
+            wanted: (N,) which of them were to go, whether the cloud could be had or not.
             edge_joules: (N,) what the device's compute took.
             upload_joules: (N,) what an upload takes, whether it was made or not.
         """
         if not len(complexity):
             return self.threshold
         self._joules.extend(zip(edge_joules.tolist(), upload_joules.tolist(), strict=True))
-        target = self._target()
-        self._excess += float((complexity > self.threshold).sum()) - target * len(complexity)
-        limit = float(self.budget.window)
-        self._excess = float(np.clip(self._excess, -limit, limit))  # an outage of hours is not paid back for hours
+        target, window = self._target(), self.budget.window
+        excess = self.excess + float(wanted.sum()) - target * len(complexity)
+        self.excess = float(np.clip(excess, -window, window))  # an hour at a bound is not paid back for hours
+        if not self._seen:
+            self.excess /= 2  # of the first, before any drift is known: half is owed, so that no stretch has all of it
         self._seen.extend(complexity.tolist())
-        if len(self._seen) >= min(20, self.budget.window):
-            wanted = np.clip(target - self._excess / self.budget.window, 0.0, 1.0)
-            ordered = np.sort(np.fromiter(self._seen, dtype=np.float64))
-            place = int(np.clip(round((1 - wanted) * len(ordered)) - 1, -1, len(ordered) - 1))
-            found = ordered[place] if place >= 0 else -np.inf
-            self.threshold = float(np.clip(found, self.budget.lowest, self.budget.highest))
+        if len(self._seen) >= min(20, window):
+            self.threshold = self._quantile(float(np.clip(target - self.excess / window, 0.0, 1.0)))
         return self.threshold
+
+    def _quantile(self, share: float) -> float:
+        """The threshold that would have sent this share of the latest samples."""
+        ordered = np.sort(np.fromiter(self._seen, dtype=np.float64))
+        place = int(np.clip(round((1 - share) * len(ordered)) - 1, -1, len(ordered) - 1))
+        found = ordered[place] if place >= 0 else -np.inf
+        return float(np.clip(found, self.budget.lowest, self._highest))
 
     def _target(self) -> float:
         """The share to hold; of joules, what is left of them beside the device's compute."""

@@ -29,14 +29,21 @@ def test_planted_drift_is_found_within_the_window(rate: float) -> None:
         assert run(audit, 0.05, 300, seed) is None or seed
         found = run(audit, rate, 300, seed)
         assert found is not None
-        assert audit.disagreement is not None
-        assert audit.disagreement > 0.05
+        assert audit.disagreed / audit.count > 0.05
 
 
 def test_that_share_of_the_answers_is_asked_about() -> None:
     assert Audit(AuditConfig(share=0.1), seed=0).draw(20_000).mean() == pytest.approx(0.1, abs=0.01)
     assert not Audit(AuditConfig()).draw(1000).any()
-    assert Audit(AuditConfig()).disagreement is None
+
+
+def test_expectation_is_the_operators_or_the_operating_points() -> None:
+    assert Audit(AuditConfig(share=0.1), expected=0.2).expected == 0.2
+    assert Audit(AuditConfig(share=0.1, expected=0.05), expected=0.2).expected == 0.05
+    unknown = Audit(AuditConfig(share=0.1))
+    for _ in range(50):
+        unknown.record(disagreed=True)
+    assert unknown.drifted is None, "without an expectation nothing can be said"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ def run(keeper: BudgetKeeper, complexity: np.ndarray, batch: int, upload: float 
     for start in range(0, len(complexity), batch):
         part = complexity[start : start + batch]
         sent.append(part > keeper.threshold)
-        keeper.record(part, np.full(len(part), 0.1), np.full(len(part), upload))
+        keeper.record(part, sent[-1], np.full(len(part), 0.1), np.full(len(part), upload))
     return np.concatenate(sent)
 
 
@@ -45,8 +45,29 @@ def test_share_is_held_over_every_2000_requests_whatever_the_drift(
     }[drift]
     complexity = generator.gamma(1 + 4 * level, 0.3)
     sent = run(BudgetKeeper(Budget(cloud_share=target), threshold=0.8), complexity, batch)
-    shares = stretches(sent[1000:])
-    assert np.abs(shares - target).max() < (0.03 if drift == "jump" else 0.02), "a jump is paid back, too"
+    shares = stretches(sent)
+    assert np.abs(shares - target).max() < (0.04 if drift == "jump" else 0.02), "a jump is paid back, too"
+
+
+@pytest.mark.parametrize("batch", [1, 16, 64])
+def test_15_percent_within_2_points_over_every_2000_requests_from_easy_to_hard(batch: int) -> None:
+    """The figure of the requirement, from the first request on, for thresholds that were right once and never."""
+    for seed in range(5):
+        generator, count = np.random.default_rng(seed), 10_000
+        complexity = generator.gamma(1 + 4 * np.linspace(0, 1, count), 0.3)
+        for threshold in (0.0, 0.6, 5.0):
+            keeper = BudgetKeeper(Budget(cloud_share=0.15), threshold)
+            assert np.abs(stretches(run(keeper, complexity, batch)) - 0.15).max() <= 0.02
+
+
+def test_two_replicas_that_hold_it_hold_it_together() -> None:
+    generator = np.random.default_rng(1)
+    complexity = generator.gamma(1 + 4 * np.linspace(0, 1, 10_000), 0.3)
+    place = generator.integers(0, 2, len(complexity))
+    sent = np.empty(len(complexity), dtype=bool)
+    for replica in (0, 1):
+        sent[place == replica] = run(BudgetKeeper(Budget(cloud_share=0.15), 0.6), complexity[place == replica], 8)
+    assert np.abs(stretches(sent) - 0.15).max() <= 0.02
 
 
 def test_joules_are_held_instead() -> None:
