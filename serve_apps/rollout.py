@@ -66,7 +66,7 @@ class Plan:
         self.serving = version
         self.target: int | None = None
         self.refused: dict[int, str] = {}
-        self._forget_s, self._linger_s, self._load_s = forget_s, linger_s, load_s
+        self._forget_s, self.linger_s, self._load_s = forget_s, linger_s, load_s
         self._clock = clock
         self._ready = clock() + grace_s
         self._members: dict[str, tuple[Beat, float]] = {}
@@ -85,7 +85,8 @@ class Plan:
         """Where the rollout stands."""
         if self.target is not None:
             return "load"
-        return "switch" if any(beat.place == "edge" and beat.serving != self.serving for beat in self.members) else "idle"
+        serving = {beat.serving for beat in self.members if beat.place == "edge"}
+        return "switch" if serving - {self.serving, None} else "idle"  # an edge that just starts will serve it
 
     @property
     def hold(self) -> tuple[int, ...]:
@@ -115,7 +116,7 @@ class Plan:
         for version in list(self._lingering):
             if version in in_use:
                 self._lingering[version] = now
-            elif now - self._lingering[version] >= self._linger_s:
+            elif now - self._lingering[version] >= self.linger_s:
                 del self._lingering[version]
         if self.target is None or now < self._ready:
             return False
