@@ -68,6 +68,8 @@ class Outcome:
     """Every replica that answers has it; else it goes on."""
     refused: str | None = None
     """Why it was not made; the state before stands."""
+    nonsense: bool = False
+    """It could never be made; else it might at another time."""
 
 
 class Director:
@@ -160,7 +162,7 @@ class Director:
         settled = await self._until(lambda: version in self.plan.refused or self._settled(version), wait_s)
         if version in self.plan.refused:
             return Outcome(False, f"version {version} is refused: {self.plan.refused[version]}")
-        if self.plan.target != version and self.desired.version != version:
+        if version not in (self.plan.target, self.desired.version):
             return Outcome(False, f"version {version} was given up for another one that was asked for meanwhile")
         return Outcome(settled)
 
@@ -268,6 +270,4 @@ class Director:
 
     def _settled(self, version: int) -> bool:
         """Whether every replica serves this version, and nothing is on its way any more."""
-        return (
-            self.plan.phase == "idle" and self.desired.version == version and self._have(self.desired.revision)
-        )
+        return self.plan.phase == "idle" and self.desired.version == version and self._have(self.desired.revision)

@@ -9,23 +9,25 @@ Only complex samples hop, as one array a batch. If the cloud fails, the edge's b
 
 import asyncio
 import math
+import os
+import uuid
 from dataclasses import asdict
 from importlib import metadata
 from typing import Annotated, Any
 
-import numpy as np
-import torch
+import ray
 from fastapi import FastAPI, HTTPException, Query, Request, Response
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
+from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
-from meanet.artifact import TrainedModel
 from meanet.errors import UserError
-from meanet.runtime import CloudRuntime, Images
+from meanet.runtime import Images
 from meanet.tracking import MODEL, Tracker
-from serve_apps import invocations, v2
+from serve_apps import invocations, live_api, v2
 from serve_apps.cloud_calls import CloudAnswer, CloudRequest
+from serve_apps.control import FOLLOW_S, Control
 from serve_apps.edge import EdgeService, OverloadedError
 from serve_apps.http import (
     MANY_IMAGES,
@@ -41,9 +43,13 @@ from serve_apps.http import (
     read_body,
     read_images,
 )
-from serve_apps.served import Served
+from serve_apps.live import Links, LiveCloud, LiveEdge
+from serve_apps.placement import Pin, Replicas, options
+from serve_apps.settings import Settings
+from serve_apps.writes import Writes
 
 api = FastAPI(title="MEANet", description="Images in, classes out; each answer says which exit gave it.")
+api.include_router(live_api.router)
 Asked = Annotated[Wishes, Query()]
 
 
@@ -55,33 +61,34 @@ class AppArgs(BaseModel):
     tracking_uri: str
     """MLflow store whose registry holds the model."""
     version: str = "champion"
-    """Version number or alias; resolved once, so that edge and cloud load the same."""
-    edge_replicas: int = 1
-    """Replicas of main, adaptive and extension block."""
-    cloud_replicas: int = 1
-    """Replicas of the cloud network."""
+    """Version number, or an alias, which is followed: a version that it comes to point at is rolled out."""
+    follow_s: float = Field(default=FOLLOW_S, ge=0)
+    """How often MLflow is asked where the alias points, s; 0 = never."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Deadlines, breaker, bounds, budget and audit (`serve_apps.settings`) to begin with."""
+    edge_replicas: Replicas = 1
+    """Replicas of main, adaptive and extension block: a number, or {min, max, target_ongoing_requests, ...}."""
+    cloud_replicas: Replicas = 1
+    """Replicas of the cloud network, likewise."""
+    pin: Pin = "auto"
+    """Replicas take nodes that have the custom resource `edge` or `cloud`: auto = if the cluster has it."""
     num_cpus: float = 1.0
     """CPUs a replica reserves; each computes on one thread."""
-
-
-def _load(tracking_uri: str, version: int) -> TrainedModel:
-    torch.set_num_threads(1)
-    return Tracker(tracking_uri).download(version)
+    open_writes: bool = False
+    """Without a token in MEANET_TOKEN, let writes through on loopback."""
 
 
 @serve.deployment(name="cloud", max_ongoing_requests=16, max_queued_requests=256)
 class Cloud:
     """The deep network, for complex samples."""
 
-    def __init__(self, tracking_uri: str, version: int) -> None:
-        model = _load(tracking_uri, version)
-        self._runtime, self._preprocessing = CloudRuntime(model), model.preprocessing
+    async def __init__(self, links: Links) -> None:  # type: ignore[misc]  # Ray awaits it
+        self._live = LiveCloud(links)
+        await self._live.start()
 
     async def classify(self, request: CloudRequest) -> CloudAnswer:
         """Answers for N samples."""
-        reading = await asyncio.to_thread(lambda: self._runtime.run(request.pixels(self._preprocessing)))
-        sound = np.isfinite(reading.entropy)  # logits that are not finite are no answer, and NaN says so
-        return CloudAnswer(reading.pred.tolist(), np.where(sound, reading.confidence, np.nan).tolist())
+        return await self._live.classify(request)
 
 
 @serve.deployment(name="edge", max_ongoing_requests=128, max_queued_requests=512)
@@ -89,12 +96,17 @@ class Cloud:
 class Edge:
     """The edge device: answers what it can, asks the cloud for the rest."""
 
-    def __init__(self, tracking_uri: str, version: int, cloud: DeploymentHandle[Any]) -> None:
+    async def __init__(self, links: Links, cloud: DeploymentHandle[Any], writes: Writes) -> None:  # type: ignore[misc]
         async def ask_cloud(request: CloudRequest) -> CloudAnswer:
             answer: CloudAnswer = await cloud.classify.remote(request)
             return answer
 
-        self._service = EdgeService(Served.of(_load(tracking_uri, version), version), ask_cloud)
+        self.live_edge = LiveEdge(links, ask_cloud, writes)
+        await self.live_edge.start()
+
+    @property
+    def _service(self) -> EdgeService:
+        return self.live_edge.service
 
     @api.post("/v1/classify", openapi_extra=ONE_IMAGE)
     async def classify(self, request: Request, wishes: Asked) -> Answer:
@@ -206,6 +218,8 @@ class Edge:
         deadline = None if wishes.deadline_ms is None else wishes.deadline_ms / 1000
         try:
             served = self._service.served
+            if wishes.threshold is not None:
+                self._service.settings.check_thresholds([wishes.threshold])
             policy = served.policy.with_request(edge_only=wishes.edge_only, threshold=wishes.threshold)
             if isinstance(images, list):
                 return await self._service.answer(images, policy, deadline, served)
@@ -219,12 +233,21 @@ class Edge:
 
 def app(args: AppArgs) -> serve.Application:
     """The application: `serve deploy serve_apps/meanet.yaml`, or `python -m serve_apps`."""
+    Settings().updated(args.settings)  # refused here, where it is read
     version = Tracker(args.tracking_uri).version_of(args.version)
-    environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
-    options = {"num_cpus": args.num_cpus, "runtime_env": environment}
-    cloud_deployment: Any = Cloud  # what the decorators make of the classes
+    running = _get_global_client(raise_if_no_controller_running=False)
+    host = running.http_config.host if running else None
+    writes = Writes.read(os.environ, open_writes=args.open_writes, host=host)
+    resources = ray.cluster_resources() if ray.is_initialized() else {}  # type: ignore[no-untyped-call]
+    # What the decorators make of the classes:
+    control_deployment: Any = Control
+    cloud_deployment: Any = Cloud
     edge_deployment: Any = Edge
-    cloud = cloud_deployment.options(num_replicas=args.cloud_replicas, ray_actor_options=options)
-    edge = edge_deployment.options(num_replicas=args.edge_replicas, ray_actor_options=options)
-    graph: serve.Application = edge.bind(args.tracking_uri, version, cloud.bind(args.tracking_uri, version))
+    control = control_deployment.options(
+        user_config={"settings": args.settings, "version": args.version, "follow_s": args.follow_s}
+    ).bind(args.tracking_uri, version, args.version, uuid.uuid4().hex)
+    links = Links(args.tracking_uri, version, control)
+    cloud = cloud_deployment.options(**options(args.cloud_replicas, "cloud", args.pin, resources, args.num_cpus))
+    edge = edge_deployment.options(**options(args.edge_replicas, "edge", args.pin, resources, args.num_cpus))
+    graph: serve.Application = edge.bind(links, cloud.bind(links), writes)
     return graph

@@ -11,7 +11,7 @@ import numpy as np
 from meanet.operating_point import policy_id
 from meanet.routing import Bools, Ints, Policy
 from meanet.runtime import Answers, Images, Pending
-from serve_apps.http import EXIT_NAMES, Answer, AppliedPolicy, Joules, Milliseconds
+from serve_apps.http import EXIT_NAMES, Answer, AppliedPolicy, Joules, Milliseconds, ServedBy
 from serve_apps.observer import Observer
 from serve_apps.served import Served
 
@@ -33,6 +33,8 @@ class Task:
     answer: "asyncio.Future[Answer]"
     bytes_sent: int = 0
     """What went to the cloud for it."""
+    cloud_node: str | None = None
+    """Where it was answered."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Pass:
                 thresholds=list(self.policy.thresholds),
                 edge_only=self.policy.edge_only,
             ),
+            served_by=ServedBy(edge=self.served.node, cloud=task.cloud_node),
         )
 
 

@@ -120,7 +120,9 @@ class Plan:
                 del self._lingering[version]
         if self.target is None or now < self._ready:
             return False
-        failures = [f"{beat.place} replica: {beat.failed[self.target]}" for beat in members if self.target in beat.failed]
+        failures = [
+            f"{beat.place} replica: {beat.failed[self.target]}" for beat in members if self.target in beat.failed
+        ]
         missing = [beat.replica for beat in members if self.target not in beat.held]
         if not failures and missing and now - self._started >= self._load_s:
             failures = [f"{len(missing)} replica(s) had not loaded it after {self._load_s:.0f} s"]

@@ -19,6 +19,8 @@ class Served:
     """In force: the operating point's, or what an operator put in its place."""
     runtime: EdgeRuntime
     costs: CostModel
+    node: str = ""
+    """Ray's id of the node that this replica is on."""
 
     @staticmethod
     def of(model: TrainedModel, version: int) -> "Served":

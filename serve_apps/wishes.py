@@ -46,7 +46,9 @@ class PolicyWish:
         trained = model.hard_classes
         count = len(policy.hard_classes) if self.num_hard_classes is None else self.num_hard_classes
         if not 0 <= count <= len(trained):
-            raise UserError(f"num_hard_classes is {count}: this model's extension was trained on {len(trained)} classes")
+            raise UserError(
+                f"num_hard_classes is {count}: this model's extension was trained on {len(trained)} classes"
+            )
         gate = self.gate or policy.gate
         changed = replace(
             policy,

@@ -76,7 +76,9 @@ class Writes:
         if scheme.lower() == "bearer" and hmac.compare_digest(digest, self.digest):
             return None
         challenge = 'Bearer realm="meanet"' + (', error="invalid_token"' if scheme else "")
-        return Refusal(401, "send `Authorization: Bearer TOKEN` with this server's token", {"WWW-Authenticate": challenge})
+        return Refusal(
+            401, "send `Authorization: Bearer TOKEN` with this server's token", {"WWW-Authenticate": challenge}
+        )
 
 
 def is_loopback(host: str) -> bool:
@@ -103,7 +105,9 @@ def _token(environment: Mapping[str, str]) -> str | None:
         try:
             token = Path(path).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{FILE_VARIABLE} {path} cannot be read ({type(error).__name__}): mend or unset it") from error
+            raise UserError(
+                f"{FILE_VARIABLE} {path} cannot be read ({type(error).__name__}): mend or unset it"
+            ) from error
     if token is not None and (len(token) < _SHORTEST or not token.isascii() or not token.isprintable() or " " in token):
         raise UserError(
             f"the write token has {len(token)} characters or some that a header cannot carry: give {_SHORTEST} or more "

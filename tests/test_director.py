@@ -222,7 +222,9 @@ async def test_replica_without_control_serves_its_fallback_and_joins_later(made:
     async def nobody(beat: Beat) -> Orders:
         raise ConnectionError(beat.replica)
 
-    lonely = Follower("cloud", "c9", "node", nobody, lambda version, held: f"n{version}", lambda orders, one: None, dict)
+    lonely = Follower(
+        "cloud", "c9", "node", nobody, lambda version, held: f"n{version}", lambda orders, one: None, dict
+    )
     await lonely.start(fallback=1, timeout_s=0.2)
     assert lonely.held == {1: "n1"}
     lonely.ask = made.hear
