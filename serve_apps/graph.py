@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
+from starlette.middleware import Middleware
 
 from meanet import engines
 from meanet.runtime import Images
@@ -42,17 +43,19 @@ from serve_apps.http import (
 )
 from serve_apps.loading import load_cloud, load_edge
 
-api = FastAPI(title="MEANet", description="Images in, classes out; each answer says which exit gave it.")
-Asked = Annotated[Wishes, Query()]
-
 
 def _service_here() -> EdgeService:
     """Of the replica that this process is."""
-    service: EdgeService = serve.get_replica_context().servable_object._service  # type: ignore[union-attr]
+    service: EdgeService = serve.get_replica_context().servable_object._service  # type: ignore[attr-defined]
     return service
 
 
-api.add_middleware(FastPath, service=_service_here)
+api = FastAPI(
+    title="MEANet",
+    description="Images in, classes out; each answer says which exit gave it.",
+    middleware=[Middleware(FastPath, service=_service_here)],
+)
+Asked = Annotated[Wishes, Query()]
 
 
 class AppArgs(BaseModel):
