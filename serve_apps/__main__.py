@@ -29,7 +29,10 @@ from meanet.errors import UserError, exit_on_user_error
 from meanet.storage import write_text
 from meanet.tracking import Tracker, store_uri
 from serve_apps import ingress
+from serve_apps.control import FOLLOW_S
 from serve_apps.graph import AppArgs, app
+from serve_apps.placement import replicas_of
+from serve_apps.writes import Writes
 
 NAME = "meanet"
 REQUEST_TIMEOUT_S = 60.0
@@ -41,19 +44,23 @@ class Flags:
     """Serve a registered model over HTTP until Ctrl-C."""
 
     version: str = "champion"
-    """Version number or alias of the registered model."""
+    """Version number of the registered model, or an alias, which is followed."""
+    follow_s: float = FOLLOW_S
+    """How often MLflow is asked where the alias points, s; 0 = never."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 opens the server to the network."""
     port: int = 8000
     """Port to listen on; 0 takes a free one."""
-    edge_replicas: int = 1
-    """Replicas of the edge's blocks."""
-    cloud_replicas: int = 1
-    """Replicas of the cloud's network."""
+    edge_replicas: str = "1"
+    """Replicas of the edge's blocks; a range such as 1-4 follows the load."""
+    cloud_replicas: str = "1"
+    """Replicas of the cloud's network, likewise."""
     engine: engines.Name = "auto"
     """What runs the networks; auto takes the fastest that was exported and kept at registration."""
     ingress: Literal["haproxy", "default"] = "haproxy"
     """Of a local cluster: HAProxy, or Ray Serve's own proxy, which costs several times as much a request."""
+    open_writes: bool = False
+    """On a loopback host, let anybody change policy, settings and version; else the token in MEANET_TOKEN is wanted."""
     ready_file: Path | None = None
     """Where to write {"url", "version"} once requests are answered."""
 
@@ -146,15 +153,17 @@ def main() -> None:
     tracking_uri = store_uri(os.environ.get("MLFLOW_TRACKING_URI"))
     if not os.environ.get("RAY_ADDRESS"):
         free_port(flags.host, flags.port)  # before a cluster starts; a running one may serve at an address of its own
-    for name in ("edge_replicas", "cloud_replicas"):
-        if getattr(flags, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(flags, name)}: it must be 1 or more")
+    edge_replicas = replicas_of(flags.edge_replicas, "--edge-replicas")
+    cloud_replicas = replicas_of(flags.cloud_replicas, "--cloud-replicas")
+    Writes.read(os.environ, open_writes=flags.open_writes, host=flags.host)  # before a cluster starts
     version = Tracker(tracking_uri).version_of(flags.version)  # before a cluster starts: it may not exist
     args = AppArgs(
         tracking_uri=tracking_uri,
-        version=str(version),
-        edge_replicas=flags.edge_replicas,
-        cloud_replicas=flags.cloud_replicas,
+        version=flags.version,
+        follow_s=flags.follow_s,
+        edge_replicas=edge_replicas,
+        cloud_replicas=cloud_replicas,
+        open_writes=flags.open_writes,
         engine=flags.engine,
     )
     with ingress_of(flags), ray_cluster(os.environ.get("RAY_ADDRESS") or None):

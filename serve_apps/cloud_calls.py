@@ -15,7 +15,7 @@ from meanet.routing import Exit, Ints, Reading
 from meanet.runtime import Images
 from serve_apps.breaker import Breaker
 from serve_apps.micro_batch import Pass, Task, mask
-from serve_apps.observer import Observer
+from serve_apps.observer import CallOutcome, Observer
 from serve_apps.settings import Settings
 
 _PROBE_IMAGES = 8
@@ -58,6 +58,8 @@ class CloudAnswer:
 
     class_ids: list[int]
     confidences: list[float]
+    node: str = ""
+    """Ray's id of the node that answered."""
 
 
 AskCloud = Callable[[CloudRequest], Awaitable[CloudAnswer]]
@@ -137,6 +139,8 @@ class CloudCalls:
                     await self._answer_alone(batch, np.array(late), time.monotonic() - started, "cloud timed out")
                     left = {row: limit for row, limit in left.items() if row not in late}
             reading = _checked(_result(call), len(rows), len(batch.served.model.class_names))
+            for row in left:
+                batch.tasks[row].cloud_node = _result(call).node
             self.breaker.record(success=True)
             self._accept(batch, np.array(sorted(left), dtype=np.int64), reading, time.monotonic() - started)
             self._observer.cloud_call(len(rows), sum(request.sizes), time.monotonic() - started, "ok")
@@ -157,6 +161,25 @@ class CloudCalls:
         reason = "cloud timed out" if timed_out else f"cloud failed: {type(error).__name__}"
         waiting = np.array([row for row in rows if not batch.tasks[row].answer.done()], dtype=np.int64)
         await self._answer_alone(batch, waiting, seconds, reason)
+
+    async def second_opinion(self, batch: Pass, rows: Ints) -> Reading | None:
+        """What the cloud says of samples that were answered without it; None where it cannot be had.
+
+        Nobody waits for it, the requests' own calls come first, and the breaker learns nothing of it.
+        """
+        if not self.breaker.allows() or self._under_way >= self._settings.max_cloud_calls:
+            return None
+        started, num_bytes, reading = time.monotonic(), 0, None
+        try:
+            request = await _request(batch, rows)
+            num_bytes = sum(request.sizes)
+            answer = await asyncio.wait_for(self._ask(request), self._settings.cloud_budget_s)
+            reading = _checked(answer, len(rows), len(batch.served.model.class_names))
+        except Exception:  # whatever it is, there is no opinion
+            reading = None
+        outcome: CallOutcome = "audit failed" if reading is None else "audit ok"
+        self._observer.cloud_call(len(rows), num_bytes, time.monotonic() - started, outcome)
+        return reading
 
     def _limit(self, task: Task, now: float) -> float:
         """When a sample stops waiting for the cloud."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from meanet.errors import UserError
-from meanet.routing import Policy
+from meanet.routing import Ints, Policy, Reading
 from meanet.runtime import Images
 from serve_apps.batching import Batcher
 from serve_apps.breaker import Breaker
@@ -72,6 +72,10 @@ class EdgeService:
     def breaker(self) -> Breaker:
         """About the cloud."""
         return self._cloud.breaker
+
+    async def second_opinion(self, batch: Pass, rows: Ints) -> Reading | None:
+        """What the cloud says of samples that the edge has answered; None where it cannot be had."""
+        return await self._cloud.second_opinion(batch, rows)
 
     async def answer(
         self,

@@ -34,6 +34,8 @@ async def ask(service: EdgeService, images: Any, wishes: Wishes) -> list[Answer]
     try:
         served = service.served
         policy = served.policy
+        if wishes.threshold is not None:
+            service.settings.check_thresholds([wishes.threshold])
         if wishes.edge_only or wishes.threshold is not None:
             policy = policy.with_request(edge_only=wishes.edge_only, threshold=wishes.threshold)
         if isinstance(images, list):
@@ -144,7 +146,8 @@ def as_json(answer: Answer) -> bytes:
         f'"degraded":{_truth(answer.degraded)},"reason":{"null" if answer.reason is None else _text(answer.reason)},'
         f'"joules":{{"edge_compute":{_number(joules.edge_compute)},"upload":{_number(joules.upload)},'
         f'"source":{_text(joules.source)}}},"ms":{{"edge":{_number(ms.edge)},"cloud":{_number(ms.cloud)}}},'
-        f'"model_version":{answer.model_version},"policy":{applied}}}'
+        f'"model_version":{answer.model_version},"policy":{applied},"served_by":{{"edge":{_text(answer.served_by.edge)},'
+        f'"cloud":{"null" if answer.served_by.cloud is None else _text(answer.served_by.cloud)}}}}}'
     ).encode()
 
 

@@ -8,22 +8,26 @@ Only complex samples hop, as one array a batch. If the cloud fails, the edge's b
 """
 
 import asyncio
+import os
+import uuid
 from dataclasses import asdict
 from importlib import metadata
 from typing import Annotated, Any
 
-import numpy as np
+import ray
 from fastapi import FastAPI, HTTPException, Query, Request, Response
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve.config import BackpressureConfig
+from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 from starlette.middleware import Middleware
 
 from meanet import engines
 from meanet.runtime import Images
-from serve_apps import invocations, v2
+from serve_apps import invocations, live_api, v2
 from serve_apps.cloud_calls import CloudAnswer, CloudRequest
+from serve_apps.control import FOLLOW_S, Control
 from serve_apps.edge import EdgeService
 from serve_apps.fast_path import FastPath, ask, batch_as_json
 from serve_apps.http import (
@@ -41,12 +45,16 @@ from serve_apps.http import (
     read_body,
     read_images,
 )
-from serve_apps.loading import load_cloud, load_edge
+from serve_apps.live import Links, LiveCloud, LiveEdge
+from serve_apps.placement import Pin, Replicas, options
+from serve_apps.settings import Settings
+from serve_apps.writes import Writes
 
 
 def _service_here() -> EdgeService:
     """Of the replica that this process is."""
-    service: EdgeService = serve.get_replica_context().servable_object._service  # type: ignore[attr-defined]
+    replica: Any = serve.get_replica_context().servable_object
+    service: EdgeService = replica._service
     return service
 
 
@@ -54,6 +62,7 @@ api = FastAPI(
     title="MEANet",
     description="Images in, classes out; each answer says which exit gave it.",
     middleware=[Middleware(FastPath, service=_service_here)],
+    routes=list(live_api.router.routes),
 )
 Asked = Annotated[Wishes, Query()]
 
@@ -66,29 +75,36 @@ class AppArgs(BaseModel):
     tracking_uri: str
     """MLflow store whose registry holds the model."""
     version: str = "champion"
-    """Version number or alias; resolved once, so that edge and cloud load the same."""
-    edge_replicas: int = 1
-    """Replicas of main, adaptive and extension block."""
-    cloud_replicas: int = 1
-    """Replicas of the cloud network."""
+    """Version number, or an alias, which is followed: a version that it comes to point at is rolled out."""
+    follow_s: float = Field(default=FOLLOW_S, ge=0)
+    """How often MLflow is asked where the alias points, s; 0 = never."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Deadlines, breaker, bounds, budget and audit (`serve_apps.settings`) to begin with."""
+    edge_replicas: Replicas = 1
+    """Replicas of main, adaptive and extension block: a number, or {min, max, target_ongoing_requests, ...}."""
+    cloud_replicas: Replicas = 1
+    """Replicas of the cloud network, likewise."""
+    pin: Pin = "auto"
+    """Replicas take nodes that have the custom resource `edge` or `cloud`: auto = if the cluster has it."""
     engine: engines.Name = "auto"
     """What runs the networks: torch, onnx, onnx_int8 (the cloud's in float32); auto takes the fastest that was kept."""
     num_cpus: float = 1.0
     """CPUs a replica reserves; each computes on one thread."""
+    open_writes: bool = False
+    """Without a token in MEANET_TOKEN, let writes through on loopback."""
 
 
 @serve.deployment(name="cloud", max_ongoing_requests=16, max_queued_requests=256)
 class Cloud:
     """The deep network, for complex samples."""
 
-    def __init__(self, tracking_uri: str, version: int, engine: str) -> None:
-        self._runtime, self._preprocessing = load_cloud(tracking_uri, version, engine)
+    async def __init__(self, links: Links) -> None:  # type: ignore[misc]  # Ray awaits it
+        self._live = LiveCloud(links)
+        await self._live.start()
 
     async def classify(self, request: CloudRequest) -> CloudAnswer:
         """Answers for N samples."""
-        reading = await asyncio.to_thread(lambda: self._runtime.run(request.pixels(self._preprocessing)))
-        sound = np.isfinite(reading.entropy)  # logits that are not finite are no answer, and NaN says so
-        return CloudAnswer(reading.pred.tolist(), np.where(sound, reading.confidence, np.nan).tolist())
+        return await self._live.classify(request)
 
 
 @serve.deployment(
@@ -101,12 +117,17 @@ class Cloud:
 class Edge:
     """The edge device: answers what it can, asks the cloud for the rest."""
 
-    def __init__(self, tracking_uri: str, version: int, engine: str, cloud: DeploymentHandle[Any]) -> None:
+    async def __init__(self, links: Links, cloud: DeploymentHandle[Any], writes: Writes) -> None:  # type: ignore[misc]
         async def ask_cloud(request: CloudRequest) -> CloudAnswer:
             answer: CloudAnswer = await cloud.classify.remote(request)
             return answer
 
-        self._service = EdgeService(load_edge(tracking_uri, version, engine), ask_cloud)
+        self.live_edge = LiveEdge(links, ask_cloud, writes)
+        await self.live_edge.start()
+
+    @property
+    def _service(self) -> EdgeService:
+        return self.live_edge.service
 
     @api.post("/v1/classify", openapi_extra=ONE_IMAGE)
     async def classify(self, request: Request, wishes: Asked) -> Answer:
@@ -223,14 +244,21 @@ def app(args: AppArgs) -> serve.Application:
     """The application: `serve deploy serve_apps/meanet.yaml`, or `python -m serve_apps`."""
     from meanet.tracking import Tracker
 
+    Settings().updated(args.settings)  # refused here, where it is read
     version = Tracker(args.tracking_uri).version_of(args.version)
-    environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
-    options = {"num_cpus": args.num_cpus, "runtime_env": environment}
-    cloud_deployment: Any = Cloud  # what the decorators make of the classes
+    running = _get_global_client(raise_if_no_controller_running=False)
+    host = running.http_config.host if running else None
+    writes = Writes.read(os.environ, open_writes=args.open_writes, host=host)
+    resources = ray.cluster_resources() if ray.is_initialized() else {}  # type: ignore[no-untyped-call]
+    # What the decorators make of the classes:
+    control_deployment: Any = Control
+    cloud_deployment: Any = Cloud
     edge_deployment: Any = Edge
-    cloud = cloud_deployment.options(num_replicas=args.cloud_replicas, ray_actor_options=options)
-    edge = edge_deployment.options(num_replicas=args.edge_replicas, ray_actor_options=options)
-    graph: serve.Application = edge.bind(
-        args.tracking_uri, version, args.engine, cloud.bind(args.tracking_uri, version, args.engine)
-    )
+    control = control_deployment.options(
+        user_config={"settings": args.settings, "version": args.version, "follow_s": args.follow_s}
+    ).bind(args.tracking_uri, version, args.version, uuid.uuid4().hex)
+    links = Links(args.tracking_uri, version, args.engine, control)
+    cloud = cloud_deployment.options(**options(args.cloud_replicas, "cloud", args.pin, resources, args.num_cpus))
+    edge = edge_deployment.options(**options(args.edge_replicas, "edge", args.pin, resources, args.num_cpus))
+    graph: serve.Application = edge.bind(links, cloud.bind(links), writes)
     return graph

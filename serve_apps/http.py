@@ -78,6 +78,14 @@ class AppliedPolicy(BaseModel):
     edge_only: bool
 
 
+class ServedBy(BaseModel):
+    """Ray's ids of the nodes that had a part in the answer."""
+
+    edge: str
+    cloud: str | None
+    """Null where the cloud did not answer."""
+
+
 class Answer(BaseModel):
     """One image's answer."""
 
@@ -96,6 +104,7 @@ class Answer(BaseModel):
     ms: Milliseconds
     model_version: int
     policy: AppliedPolicy
+    served_by: ServedBy
 
 
 class BatchAnswer(BaseModel):

@@ -1,4 +1,5 @@
 """From the registry to what a replica runs: the edge's replica loads no cloud weights, and no torch where it runs ONNX.
+Each version is tried once before anybody depends on it; two over the same weights share what runs them.
 
 A version is fetched in a process of its own (`python -m serve_apps.loading URI VERSION FOLDER`): the registry's client
 takes hundreds of megabytes and seconds of the interpreter, which a replica that answers has no use for.
@@ -10,41 +11,84 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from meanet import engines, model_spec
 from meanet.errors import UserError, exit_on_user_error
 from meanet.preprocessing import Preprocessing
-from meanet.runtime import CloudRuntime
+from meanet.runtime import CloudRuntime, Images
+from serve_apps.cloud_calls import CloudRequest
 from serve_apps.served import Served
 
 
-def load_edge(tracking_uri: str, version: int, engine: str = "auto") -> Served:
-    """A version as the edge answers with it, on one thread.
+@dataclass(frozen=True)
+class CloudVersion:
+    """What the cloud answers a version's requests with."""
 
-    Raises:
-        UserError: it cannot be fetched, is not whole, or has no such engine.
-    """
-    with fetched(tracking_uri, version) as folder:
-        if engines.choose(folder, engine) == "torch":
+    version: int
+    preprocessing: Preprocessing
+    runtime: CloudRuntime
+    weights: str
+    """Digest of the cloud's weights and the engine that runs them."""
+
+    def classify(self, request: CloudRequest) -> tuple[list[int], list[float]]:
+        """Class ids and confidences of N samples; NaN where the logits are not finite, for they are no answer."""
+        reading = self.runtime.run(request.pixels(self.preprocessing))
+        confidence = np.where(np.isfinite(reading.entropy), reading.confidence, np.nan)
+        return reading.pred.tolist(), confidence.tolist()
+
+
+@dataclass(frozen=True)
+class Loader:
+    """From one MLflow store."""
+
+    tracking_uri: str
+    engine: str = "auto"
+    """What runs the networks, as `meanet.engines` names it."""
+    node: str = ""
+    """Ray's id of the node that this is on."""
+
+    def edge(self, version: int, held: dict[int, Served]) -> Served:
+        """A version for an edge replica, on one thread.
+
+        Raises:
+            UserError: it cannot be fetched or loaded, has no such engine, or says nothing of an image.
+        """
+        with fetched(self.tracking_uri, version) as folder:
+            weights = self._weights(folder, model_spec.EDGE)
+            twin = next((one for one in held.values() if one.weights == weights), None)
+            engine = twin.runtime.engine if twin else engines.open_edge(folder, self.engine)
+            served = Served.of(model_spec.read(folder), version, engine)
+        answers, _ = served.runtime.run(_blank(served.model.preprocessing), served.policy)
+        _require_finite(answers.entropy, version, "main exit")
+        return replace(served, weights=weights, node=self.node)
+
+    def cloud(self, version: int, held: dict[int, CloudVersion]) -> CloudVersion:
+        """A version for a cloud replica, on one thread.
+
+        Raises:
+            UserError: as `edge`.
+        """
+        with fetched(self.tracking_uri, version) as folder:
+            weights = self._weights(folder, model_spec.CLOUD)
+            twin = next((one for one in held.values() if one.weights == weights), None)
+            engine = twin.runtime.engine if twin else engines.open_cloud(folder, self.engine)
+            spec = model_spec.read(folder)
+        loaded = CloudVersion(version, spec.preprocessing, CloudRuntime(spec, engine), weights)
+        _require_finite(loaded.runtime.run(_blank(spec.preprocessing)).entropy, version, "cloud's network")
+        return loaded
+
+    def _weights(self, folder: Path, file: str) -> str:
+        name = engines.choose(folder, self.engine)
+        if name == "torch":
             _one_thread()
-            return Served.of(engines.in_networks(folder), version)
-        return Served.of(model_spec.read(folder), version, engines.open_edge(folder, engine))
-
-
-def load_cloud(tracking_uri: str, version: int, engine: str = "auto") -> tuple[CloudRuntime, Preprocessing]:
-    """A version's cloud network, on one thread, and how images become what it takes.
-
-    Raises:
-        UserError: as `load_edge`.
-    """
-    with fetched(tracking_uri, version) as folder:
-        if engines.choose(folder, engine) == "torch":
-            _one_thread()
-            model = engines.in_networks(folder)
-            return CloudRuntime(model), model.preprocessing
-        spec = model_spec.read(folder)
-        return CloudRuntime(spec, engines.open_cloud(folder, engine)), spec.preprocessing
+        if not (folder / file).exists():
+            raise UserError(f"{folder} is not a whole model ({file} is missing): register it again")
+        return f"{name} {engines.digest(folder / file)}"
 
 
 @contextmanager
@@ -67,6 +111,15 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+def _blank(taken: Preprocessing) -> Images:
+    return np.zeros((1, taken.height, taken.width, taken.channels), dtype=np.uint8)
+
+
+def _require_finite(entropy: Any, version: int, what: str) -> None:
+    if not np.isfinite(entropy).all():
+        raise UserError(f"the {what} of version {version} says nothing of a blank image: its weights are broken")
 
 
 @exit_on_user_error

@@ -11,7 +11,7 @@ import numpy as np
 from meanet.errors import UserError
 from meanet.routing import Bools, Ints, Policy, policy_id
 from meanet.runtime import Answers, Images, Pending
-from serve_apps.http import EXIT_NAMES, Answer, AppliedPolicy, Joules, Milliseconds
+from serve_apps.http import EXIT_NAMES, Answer, AppliedPolicy, Joules, Milliseconds, ServedBy
 from serve_apps.observer import Observer
 from serve_apps.served import Served
 
@@ -35,6 +35,8 @@ class Task:
     answer: "asyncio.Future[Answer]"
     bytes_sent: int = 0
     """What went to the cloud for it."""
+    cloud_node: str | None = None
+    """Where it was answered."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Pass:
             ms=Milliseconds(edge=self.edge_ms, cloud=cloud_ms),
             model_version=self.served.version,
             policy=self.applied,
+            served_by=ServedBy(edge=self.served.node, cloud=task.cloud_node),
         )
 
 

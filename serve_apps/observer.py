@@ -4,7 +4,7 @@ from typing import Literal
 
 from serve_apps.http import Answer
 
-CallOutcome = Literal["ok", "timed out", "failed", "probe ok", "probe failed"]
+CallOutcome = Literal["ok", "timed out", "failed", "probe ok", "probe failed", "audit ok", "audit failed"]
 
 
 class Observer:

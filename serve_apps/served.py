@@ -20,6 +20,10 @@ class Served:
     """In force: the operating point's, or what an operator put in its place."""
     runtime: EdgeRuntime
     costs: CostModel
+    weights: str = ""
+    """Digest of the edge's weights and the engine that runs them: equal ones may share it."""
+    node: str = ""
+    """Ray's id of the node that this replica is on."""
 
     @staticmethod
     def of(model: ModelSpec, version: int, engine: EdgeEngine | None = None) -> "Served":

@@ -25,12 +25,10 @@ from meanet.energy import BytesMoved
 from meanet.engines import EXPORTED
 from meanet.errors import UserError
 from meanet.loop import State
-from meanet.model_spec import FORMAT, MODEL, OPERATING_POINT, ModelSpec
+from meanet.model_spec import CLOUD, EDGE, FORMAT, MODEL, OPERATING_POINT, ModelSpec
 from meanet.models import bytes_moved_of, macs_of
 from meanet.storage import write_text
 from meanet.training import Networks, build_networks, preprocessing_of
-
-EDGE, CLOUD = "edge.safetensors", "cloud.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,12 +41,15 @@ _MAX_FAILURES = 3
 
 
 @contextlib.contextmanager
-def ray_cluster(address: str | None, object_store_bytes: int = OBJECT_STORE_BYTES) -> Iterator[str]:
+def ray_cluster(
+    address: str | None, object_store_bytes: int = OBJECT_STORE_BYTES, num_cpus: int | None = None
+) -> Iterator[str]:
     """A cluster to run on: the one at `address`, or a local one on free ports that ends with the block.
 
     Args:
         address: of a running cluster.
         object_store_bytes: of a local one.
+        num_cpus: that a local one gives out; those of this machine if None.
 
     Yields:
         The address under which other processes join it.
@@ -62,7 +65,7 @@ def ray_cluster(address: str | None, object_store_bytes: int = OBJECT_STORE_BYTE
             stack.callback(_remove, folder)
             options: dict[str, Any] = {
                 "address": "local",
-                "num_cpus": max(2, os.cpu_count() or 1),  # edge and cloud replica take one each
+                "num_cpus": num_cpus or max(2, os.cpu_count() or 1),  # edge and cloud replica take one each
                 "include_dashboard": False,
                 "object_store_memory": object_store_bytes,
                 "_temp_dir": str(folder),

@@ -19,6 +19,7 @@ from meanet.routing import Policy
 
 FORMAT = 1
 MODEL, OPERATING_POINT = "model.json", "operating_point.json"
+EDGE, CLOUD = "edge.safetensors", "cloud.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)

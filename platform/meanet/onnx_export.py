@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from meanet import quantisation
-from meanet.artifact import CLOUD, EDGE, TrainedModel
+from meanet.artifact import TrainedModel
 from meanet.data import Splits
 from meanet.engines import CLOUD_FILE, EDGE_FILES, EXPORTED, Exported, Pictures, cloud_in_torch, digest, in_torch
 from meanet.errors import UserError
+from meanet.model_spec import CLOUD, EDGE
 from meanet.onnx_engine import FEATURES, IMAGES, LOGITS, OnnxCloud, OnnxEdge
 from meanet.preprocessing import Preprocessing
 from meanet.storage import write_text

@@ -278,6 +278,7 @@ def describe(
         "expected": {
             "accuracy": expected.accuracy,
             "share": expected.share,
+            "disagreement": expected.disagreement,
             "joules": expected.joules,
             "joules_source": expected.joules_source,
             "bytes_uploaded": expected.bytes_uploaded,

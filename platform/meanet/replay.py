@@ -60,6 +60,8 @@ class Outcome:
     """edge_compute and upload, J."""
     joules_source: str
     """`modelled:<profiles>`."""
+    disagreement: float = 0.0
+    """0..1, of the samples that stay on the edge: how often the cloud would have answered otherwise."""
     seconds: float = 0.0
     """Expected latency: the device's compute, and the link and the cloud where the sample goes there."""
 
@@ -139,5 +141,6 @@ def outcome(exits: Exits, costs: CostModel, routed: Routed, *, main_runs: bool =
             "upload": float((gone * costs.upload_joules(exits.upload_bytes)).mean()),
         },
         joules_source=costs.tag,
+        disagreement=float((routed.pred != exits.cloud_pred)[~gone].mean()) if not gone.all() else 0.0,
         seconds=float(seconds + (gone * costs.cloud_seconds(exits.upload_bytes)).mean()),
     )

@@ -60,11 +60,11 @@ class EdgeRuntime:
     def __init__(self, model: EdgeSpec, engine: EdgeEngine | None = None) -> None:
         """`engine` runs the blocks; torch, over a trained model's own networks, if not given."""
         self.model = model
-        self._engine = engine or engines.in_torch(model)
+        self.engine = engine or engines.in_torch(model)
 
     def run(self, images: Images, policy: Policy) -> tuple[Answers, "Pending"]:
         """Answer what the edge may answer of (N, H, W, C) images; the others wait in `Pending`."""
-        kept, logits = self._engine.main(images)
+        kept, logits = self.engine.main(images)
         main = read_main(logits, policy)
         exits = first_exit(main, policy)
         answers = Answers(
@@ -97,7 +97,7 @@ class EdgeRuntime:
             self._extend(rows[hard], pending, answers, policy)
 
     def _extend(self, rows: Ints, pending: "Pending", answers: Answers, policy: Policy) -> Reading:
-        logits = self._engine.extend(pending.kept, rows)
+        logits = self.engine.extend(pending.kept, rows)
         settled = settle(pending.main.take(rows), read_extension(logits, policy))
         answers.accept(rows, Exit.EXTENSION, settled)
         answers.extended[rows] = True
@@ -121,11 +121,11 @@ class CloudRuntime:
 
     def __init__(self, model: EdgeSpec, engine: CloudEngine | None = None) -> None:
         """`engine` runs the network; torch, over a trained model's own, if not given."""
-        self._engine = engine or engines.cloud_in_torch(model)
+        self.engine = engine or engines.cloud_in_torch(model)
 
     def run(self, images: Images) -> Reading:
         """Answers for (N, H, W, C) images."""
-        return read(self._engine.logits(images))
+        return read(self.engine.logits(images))
 
 
 class Cascade:

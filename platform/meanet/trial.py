@@ -26,6 +26,7 @@ from meanet.errors import UserError
 from meanet.fronts import choose
 from meanet.judge import Judge, Study, front_points
 from meanet.loop import Epoch, State, Worker
+from meanet.model_spec import CLOUD
 from meanet.operating_point import Swept, describe, policy_of
 from meanet.phases import PhaseStore, Trained, phase_keys
 from meanet.replay import Exits, replay
@@ -171,7 +172,7 @@ class TrialRun:
         self.study.trials.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=".part-", dir=self.study.trials))
         artifact.save(model, part / "model")
-        _share(part / "model" / artifact.CLOUD, self.study.store.root / f"shared-{self.keys['cloud']}.safetensors")
+        _share(part / "model" / CLOUD, self.study.store.root / f"shared-{self.keys['cloud']}.safetensors")
         write_trial(trial, part)
         _replace(part, self.study.trials / self.id)
         self._say({"event": "end", "state": trial.state, **asdict(trial.measured), "seconds": trial.seconds})

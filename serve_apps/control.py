@@ -1,0 +1,111 @@
+"""The deployment that holds what all replicas are to be like; no request passes through it.
+
+What operators put is kept in Ray's internal key-value store, under a key of this build of the application: it lives as
+long as the cluster that it describes, is there when MLflow is not, and a restart of this replica finds it again.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable
+from typing import Any
+
+from ray import serve
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+
+from meanet.errors import UserError
+from meanet.tracking import Tracker
+from serve_apps.director import Desired, Director, Orders, Outcome
+from serve_apps.rollout import Beat
+from serve_apps.settings import Settings
+from serve_apps.wishes import PolicyWish
+
+LOG = logging.getLogger("ray.serve.meanet")
+FOLLOW_S = 5.0
+"""How often MLflow is asked where the alias points, unless `user_config` says otherwise."""
+_NAMESPACE = "meanet-control"
+Reply = tuple[Outcome, dict[str, Any]]
+"""What came of a change, and the state after it."""
+
+
+@serve.deployment(
+    name="control",
+    num_replicas=1,
+    max_ongoing_requests=4096,
+    ray_actor_options={
+        "num_cpus": 0,
+        # A store that is away is asked again soon anyway; MLflow's own patience is minutes.
+        "runtime_env": {"env_vars": {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}},
+    },
+)
+class Control:
+    """One replica; edges and clouds work on without it."""
+
+    def __init__(self, tracking_uri: str, version: int, reference: str, key: str) -> None:
+        """What is served at first.
+
+        Args:
+            tracking_uri: MLflow store.
+            version: to serve.
+            reference: the alias or number that led to it.
+            key: of this build of the application.
+        """
+        LOG.setLevel(logging.INFO)
+        self._tracking_uri, self._key = tracking_uri, key
+        kept = _internal_kv_get(key, namespace=_NAMESPACE)
+        first = int(time.time())  # no build's revisions are another's
+        start = Desired.from_json(kept.decode()) if kept else Desired(first, reference, version, None, Settings())
+        self._director = Director(start, self._resolve, self._save)
+        self._follow_s = FOLLOW_S
+        self._following: asyncio.Task[None] | None = None
+
+    def _resolve(self, reference: str) -> int:
+        return Tracker(self._tracking_uri).version_of(reference)
+
+    def _save(self, text: str) -> None:
+        _internal_kv_put(self._key, text, overwrite=True, namespace=_NAMESPACE)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve calls this at the start and when `user_config` changes.
+
+        Raises:
+            UserError: it makes no sense.
+        """
+        await self._director.configure(user_config)
+        self._follow_s = float(user_config.get("follow_s", FOLLOW_S))
+        if self._following is None:
+            self._following = asyncio.get_running_loop().create_task(self._follow())
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(self._follow_s or FOLLOW_S)
+            if self._follow_s:
+                await self._director.follow()
+
+    async def beat(self, beat: Beat) -> Orders:
+        """A replica reports, and waits a moment for news."""
+        return await self._director.hear(beat)
+
+    async def view(self) -> dict[str, Any]:
+        """All that is known."""
+        return self._director.view()
+
+    async def change_settings(self, changes: dict[str, Any], wait_s: float) -> Reply:
+        """See `Director.change_settings`."""
+        return await self._reply(self._director.change_settings(changes, wait_s))
+
+    async def change_policy(self, wish: PolicyWish | None, wait_s: float) -> Reply:
+        """See `Director.change_policy`."""
+        return await self._reply(self._director.change_policy(wish, wait_s))
+
+    async def change_version(self, reference: str, wait_s: float) -> Reply:
+        """See `Director.change_version`."""
+        return await self._reply(self._director.change_version(reference, wait_s))
+
+    async def _reply(self, change: Awaitable[Outcome]) -> Reply:
+        """Refusals travel as values: an error would bring its stack along."""
+        try:
+            outcome = await change
+        except UserError as error:
+            outcome = Outcome(False, str(error), nonsense=True)
+        return outcome, self._director.view()

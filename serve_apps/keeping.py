@@ -1,0 +1,200 @@
+"""What an edge replica keeps an eye on while it answers: the cloud budget, by moving the threshold, and the audit.
+
+Both look at each pass of the blocks, on the event loop, and cost nothing where they are off.
+"""
+
+import asyncio
+import contextvars
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from meanet.routing import Bools, Floats, Ints, Policy, complexity
+from serve_apps.audit import Audit
+from serve_apps.budget import BudgetKeeper
+from serve_apps.edge import EdgeService
+from serve_apps.micro_batch import Pass
+from serve_apps.served import Served
+from serve_apps.settings import Settings
+
+LOG = logging.getLogger("ray.serve.meanet")
+_LOOKED_AT = 2000
+_LOG_EVERY_S = 5.0
+_AUDITS_AT_A_TIME = 2
+
+
+def why_no_budget(policy: Policy) -> str | None:
+    """Why the threshold of this policy cannot be moved to hold a budget; None = it can."""
+    if policy.edge_only:
+        return "the policy in force sends nothing to the cloud (edge_only)"
+    if policy.gate in ("two_gate", "per_class", "accepted_entropy"):
+        return (
+            f"a budget moves the one threshold of a gate that the main exit decides, and the policy in force has gate "
+            f"{policy.gate}: put one of main_entropy, max_softmax, margin with PUT /v1/policy"
+        )
+    return None
+
+
+class Keeping:
+    """Of one service."""
+
+    def __init__(self, service: EdgeService, clock: Callable[[], float] = time.monotonic) -> None:
+        self._service, self._clock = service, clock
+        self._base = service.served
+        self._budget = _BudgetState(None, None, clock)
+        self._audit = Audit(service.settings.audit, _expected(service.served))
+        self._audits: set[asyncio.Task[None]] = set()
+        self._drifted: bool | None = False
+        service.watchers.append(self._watch)
+
+    def apply(self, served: Served, settings: Settings) -> None:
+        """Serve this from now on, under these settings; what was learnt is kept where it still holds."""
+        before = self._base
+        self._service.configure(settings)
+        why = None if settings.budget is None else why_no_budget(served.policy)
+        same = (before.version, before.policy) == (served.version, served.policy)
+        if settings.budget is None or why is not None:
+            self._budget = _BudgetState(None, why, self._clock)
+            if why is not None:
+                LOG.warning("the budget is not held: %s", why)
+        elif not same or self._budget.keeper is None or self._budget.keeper.budget != settings.budget:
+            owed = self._budget.keeper.excess if self._budget.keeper else 0.0
+            keeper = BudgetKeeper(settings.budget, _finite(served.policy.threshold), owed)
+            self._budget = _BudgetState(keeper, None, self._clock)
+        if self._audit.config != settings.audit or before.version != served.version:
+            self._audit = Audit(settings.audit, _expected(served))
+        self._base = served
+        self._serve()
+
+    def report(self) -> dict[str, Any]:
+        """What control is to know."""
+        audit = self._audit
+        return {
+            "budget": self._budget.report(),
+            "audit": {
+                "count": audit.count,
+                "disagreed": audit.disagreed,
+                "expected": audit.expected,
+                "drifted": audit.drifted,
+            },
+        }
+
+    def _serve(self) -> None:
+        keeper, served = self._budget.keeper, self._base
+        if keeper is not None:
+            moved = None if np.isinf(keeper.threshold) else keeper.threshold
+            served = served.with_policy(replace(served.policy, thresholds=(moved,)))
+        self._service.serve(served)
+
+    def _watch(self, batch: Pass) -> None:
+        if batch.policy.edge_only or batch.served.version != self._base.version:
+            return
+        if self._budget.keeper is not None and batch.policy.measures == self._base.policy.measures:
+            before = self._budget.keeper.threshold
+            self._budget.record(batch)
+            if self._budget.keeper.threshold != before:
+                self._serve()
+        if self._audit.config.share and self._service.breaker.allows():
+            self._draw(batch)
+
+    def _draw(self, batch: Pass) -> None:
+        """Ask the cloud, beside the answers, about some of those that the edge gave."""
+        stay = np.ones(len(batch.tasks), dtype=bool)
+        stay[batch.pending.rows] = False
+        rows = np.flatnonzero(stay)
+        rows = rows[self._audit.draw(len(rows))]
+        if len(rows) and len(self._audits) < _AUDITS_AT_A_TIME:
+            work = self._compare(batch, rows, batch.answers.pred[rows].copy())
+            task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+            self._audits.add(task)
+            task.add_done_callback(self._audits.discard)
+
+    async def _compare(self, batch: Pass, rows: Ints, given: Ints) -> None:
+        audit = self._audit
+        reading = await self._service.second_opinion(batch, rows)
+        if reading is None or audit is not self._audit:
+            return
+        for one in (reading.pred != given).tolist():
+            audit.record(disagreed=one)
+        if audit.drifted != self._drifted:
+            self._drifted = audit.drifted
+            if audit.drifted:
+                LOG.warning(
+                    "drift: the cloud disagrees with %d of %d answers that the edge was sure of, %.3f are expected",
+                    audit.disagreed,
+                    audit.count,
+                    audit.expected,
+                )
+            else:
+                LOG.info("no drift any more")
+
+
+class _BudgetState:
+    """A keeper, and what is told of it."""
+
+    def __init__(self, keeper: BudgetKeeper | None, why: str | None, clock: Callable[[], float]) -> None:
+        self.keeper, self._why, self._clock = keeper, why, clock
+        self._went: deque[bool] = deque(maxlen=_LOOKED_AT)
+        self._moves = 0
+        self._logged_at, self._logged = -_LOG_EVERY_S, keeper.threshold if keeper else 0.0
+
+    def record(self, batch: Pass) -> None:
+        """Show the keeper a pass."""
+        keeper = self.keeper
+        assert keeper is not None, "there is a keeper where there are passes to show"
+        count, costs = len(batch.tasks), batch.served.costs
+        wanted: Bools = np.zeros(count, dtype=bool)
+        wanted[batch.pending.rows] = True
+        sizes = [len(task.body) if task.body is not None else batch.images[0].nbytes for task in batch.tasks]
+        upload: Floats = np.asarray(costs.upload_joules(np.array(sizes)), dtype=np.float64)
+        edge = np.where(batch.answers.extended, costs.main_joules + costs.extension_joules, costs.main_joules)
+        before = keeper.threshold
+        keeper.record(complexity(batch.pending.main, batch.policy.measures[0]), wanted, np.asarray(edge, float), upload)
+        self._went.extend(wanted.tolist())
+        if keeper.threshold != before:
+            self._moves += 1
+            self._log(keeper)
+
+    def _log(self, keeper: BudgetKeeper) -> None:
+        now = self._clock()
+        if now - self._logged_at < _LOG_EVERY_S:
+            return
+        LOG.info(
+            "budget: threshold %.6g -> %.6g (%d moves so far), cloud share %.3f of the last %d requests%s",
+            self._logged,
+            keeper.threshold,
+            self._moves,
+            float(np.mean(self._went)),
+            len(self._went),
+            ", at a bound" if keeper.bounded else "",
+        )
+        self._logged_at, self._logged = now, keeper.threshold
+
+    def report(self) -> dict[str, Any] | None:
+        """Plain; None where no budget is set."""
+        if self.keeper is None:
+            return None if self._why is None else {"held": False, "why": self._why}
+        threshold = self.keeper.threshold
+        return {
+            "held": not self.keeper.bounded,
+            "threshold": None if np.isinf(threshold) else threshold,
+            "at_a_bound": self.keeper.bounded,
+            "cloud_share": float(np.mean(self._went)) if self._went else None,
+            "requests": len(self._went),
+            "moves": self._moves,
+        }
+
+
+def _finite(threshold: float | None) -> float:
+    return float("inf") if threshold is None else threshold
+
+
+def _expected(served: Served) -> float | None:
+    """How often the cloud disagreed on validation with what stays on the edge; points of older versions do not say."""
+    found = (served.model.operating_point or {}).get("expected", {}).get("disagreement")
+    return None if found is None else float(found)
