@@ -1,5 +1,4 @@
-"""The server beside others: `python -m benchmarks.serving --data parquet:PATH --peers-venv DIR` ->
-docs/benchmarks/serving.md.
+"""The server beside others: `python -m benchmarks.serving --data parquet:PATH` -> docs/benchmarks/serving.md.
 
 Same networks (one set of ONNX files), same images, same two cores, shared with the load generator; three rounds in
 turn. Takes wrk (`apt-get install wrk`). Exits with 1 if a bound is not kept.

@@ -21,6 +21,7 @@ from ray import serve
 from ray.serve.config import BackpressureConfig
 from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
+from starlette.middleware import Middleware
 
 from meanet import engines
 from meanet.runtime import Images
@@ -49,10 +50,6 @@ from serve_apps.placement import Pin, Replicas, options
 from serve_apps.settings import Settings
 from serve_apps.writes import Writes
 
-api = FastAPI(title="MEANet", description="Images in, classes out; each answer says which exit gave it.")
-api.include_router(live_api.router)
-Asked = Annotated[Wishes, Query()]
-
 
 def _service_here() -> EdgeService:
     """Of the replica that this process is."""
@@ -61,7 +58,13 @@ def _service_here() -> EdgeService:
     return service
 
 
-api.add_middleware(FastPath, service=_service_here)
+api = FastAPI(
+    title="MEANet",
+    description="Images in, classes out; each answer says which exit gave it.",
+    middleware=[Middleware(FastPath, service=_service_here)],
+    routes=list(live_api.router.routes),
+)
+Asked = Annotated[Wishes, Query()]
 
 
 class AppArgs(BaseModel):

@@ -1,13 +1,11 @@
 """What goes over HTTP: bounded bodies in, answers out. Every refusal is a 4xx with a JSON `detail`."""
 
-from collections.abc import AsyncGenerator
 from typing import Any, Literal
 
 from fastapi import HTTPException, Request
 from pydantic import BaseModel, Field
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
 
+from serve_apps import multipart
 from serve_apps.arrow import RefusedError, images_of
 
 MODEL = "meanet"
@@ -170,7 +168,7 @@ async def read_images(request: Request) -> list[bytes]:
     if content_type == ARROW:
         images = _from_arrow(body)
     elif content_type == MULTIPART:
-        images = await _from_multipart(request, body)
+        images = _from_multipart(body, request.headers["content-type"])
     else:
         raise HTTPException(415, f"content type {content_type!r}: send {MULTIPART} or {ARROW}")
     if not images:
@@ -187,18 +185,8 @@ def _from_arrow(body: bytes) -> list[bytes]:
         raise HTTPException(422, f"the body's Arrow IPC stream is refused: {error}") from error
 
 
-async def _from_multipart(request: Request, body: bytes) -> list[bytes]:
-    async def once() -> AsyncGenerator[bytes]:
-        yield body
-
-    parser = MultiPartParser(
-        request.headers, once(), max_files=MAX_BATCH_IMAGES, max_fields=16, max_part_size=MAX_IMAGE_BYTES
-    )
+def _from_multipart(body: bytes, content_type: str) -> list[bytes]:
     try:
-        form = await parser.parse()
-    except (MultiPartException, KeyError, UnicodeDecodeError, ValueError) as error:
+        return multipart.files_of(body, content_type, MAX_BATCH_IMAGES, MAX_IMAGE_BYTES)
+    except multipart.RefusedError as error:
         raise HTTPException(422, f"the multipart body cannot be read: {error}") from error
-    try:
-        return [await part.read() for _, part in form.multi_items() if isinstance(part, UploadFile)]
-    finally:
-        await form.close()
