@@ -48,8 +48,14 @@ from serve_apps.placement import Pin, Replicas, options
 from serve_apps.settings import Settings
 from serve_apps.writes import Writes
 
-api = FastAPI(title="MEANet", description="Images in, classes out; each answer says which exit gave it.")
-api.include_router(live_api.router)
+
+def _made() -> FastAPI:
+    made = FastAPI(title="MEANet", description="Images in, classes out; each answer says which exit gave it.")
+    made.include_router(live_api.router)
+    return made
+
+
+api = _made()
 Asked = Annotated[Wishes, Query()]
 
 
