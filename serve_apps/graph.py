@@ -58,12 +58,17 @@ def _service_here() -> EdgeService:
     return service
 
 
-api = FastAPI(
-    title="MEANet",
-    description="Images in, classes out; each answer says which exit gave it.",
-    middleware=[Middleware(FastPath, service=_service_here)],
-    routes=list(live_api.router.routes),
-)
+def _made() -> FastAPI:
+    made = FastAPI(
+        title="MEANet",
+        description="Images in, classes out; each answer says which exit gave it.",
+        middleware=[Middleware(FastPath, service=_service_here)],
+    )
+    made.include_router(live_api.router)
+    return made
+
+
+api = _made()
 Asked = Annotated[Wishes, Query()]
 
 

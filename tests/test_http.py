@@ -65,7 +65,7 @@ def test_every_test_image_is_answered_as_by_the_model(
     assert [(answer["class_id"], answer["exit"]) for answer in got] == expected(model, splits)
     assert {answer["exit"] for answer in got} == {"main", "extension", "cloud"}
     keys = {"class_id", "class_name", "exit", "confidence", "entropy", "degraded", "reason"}
-    assert set(got[0]) == keys | {"joules", "ms", "model_version", "policy"}
+    assert set(got[0]) == keys | {"joules", "ms", "model_version", "policy", "served_by"}
     assert got[0]["joules"]["source"] == "modelled:horowitz_45nm+wifi"
     assert got[0]["policy"]["thresholds"] == list(model.policy.thresholds)
 
