@@ -167,9 +167,15 @@ class Edge:
     # MLflow's scoring protocol
 
     @api.get("/ping")
+    @api.get("/health")
     async def ping(self) -> Health:
-        """MLflow's name for the health check."""
+        """MLflow's names for the health check."""
         return await self.health()
+
+    @api.get("/version")
+    async def mlflow_version(self) -> Response:
+        """The version of MLflow whose protocol this is, as its own scoring server says it."""
+        return Response(metadata.version("mlflow"), media_type="text/plain")
 
     @api.post("/invocations")
     async def invocations(self, request: Request) -> dict[str, Any]:
