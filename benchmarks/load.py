@@ -158,14 +158,14 @@ async def connections(url: str, count: int) -> AsyncIterator[list[Connection]]:
 
 
 async def closed_loop(
-    url: str, requests: Sequence[bytes], count: int, seconds: float, timeout_s: float = 10
+    url: str, requests: Sequence[bytes], count: int, stop: asyncio.Event, timeout_s: float = 10
 ) -> list[Sample]:
     """Load by `count` connections, each with one request under way, which take turns at the given requests."""
-    stop, samples, numbers = time.monotonic() + seconds, list[Sample](), _numbers(len(requests))
+    samples, numbers = list[Sample](), _numbers(len(requests))
 
     async def work(connection: Connection) -> None:
-        while (started := time.monotonic()) < stop:
-            number = next(numbers)
+        while not stop.is_set():
+            started, number = time.monotonic(), next(numbers)
             reply = await connection.ask(requests[number], timeout_s)
             samples.append(Sample(started, time.monotonic() - started, number, reply))
 
@@ -175,29 +175,37 @@ async def closed_loop(
 
 
 async def paced(
-    url: str, requests: Sequence[bytes], per_second: float, seconds: float, timeout_s: float = 10
+    url: str, requests: Sequence[bytes], per_second: float, stop: asyncio.Event, timeout_s: float = 10
 ) -> list[Sample]:
     """Load on a schedule, over as many connections as that takes."""
     samples, numbers = list[Sample](), _numbers(len(requests))
     idle, made = list[Connection](), list[Connection]()
 
-    async def one(due: float) -> None:
+    async def one(due: float, number: int) -> None:
         if not idle:
-            made.append(Connection(url))
-        connection, number = idle.pop() if idle else made[-1], next(numbers)
+            idle.append(Connection(url))
+            made.append(idle[-1])
+        connection = idle.pop()
         reply = await connection.ask(requests[number], timeout_s)
         samples.append(Sample(due, time.monotonic() - due, number, reply))
         idle.append(connection)
 
     async with asyncio.TaskGroup() as group:
-        begin = time.monotonic()
-        for step in range(int(per_second * seconds)):
-            due = begin + step / per_second
+        begin, step = time.monotonic(), 0
+        while not stop.is_set():
+            due, step = begin + step / per_second, step + 1
             await asyncio.sleep(max(0.0, due - time.monotonic()))
-            group.create_task(one(due))
+            group.create_task(one(due, next(numbers)))
     for connection in made:
         connection.close()
     return samples
+
+
+def after(seconds: float) -> asyncio.Event:
+    """An event that is set in so many seconds."""
+    stop = asyncio.Event()
+    asyncio.get_running_loop().call_later(seconds, stop.set)
+    return stop
 
 
 def _numbers(count: int) -> Iterator[int]:

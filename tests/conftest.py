@@ -92,7 +92,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
 
 
 @dataclasses.dataclass(frozen=True)
-class Served:
+class Server:
     """A server that the tests of a session share."""
 
     url: str
@@ -101,7 +101,7 @@ class Served:
 
 
 @pytest.fixture(scope="session")
-def served(model: TrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(model: TrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """`python -m serve_apps` of the trained model; runs until the session ends."""
     from server import serving  # which imports this module
 
@@ -110,11 +110,11 @@ def served(model: TrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Ite
     tracker = Tracker(uri)
     tracker.promote(tracker.register(model, tracker.start_run("r", {}, {})))
     with serving(folder, uri) as url:
-        yield Served(url, json.loads((folder / "ready.json").read_text())["pid"])
+        yield Server(url, json.loads((folder / "ready.json").read_text())["pid"])
 
 
 @pytest.fixture
-def client(served: Served) -> Iterator[httpx.Client]:
+def client(served: Server) -> Iterator[httpx.Client]:
     """Asks the shared server; after whatever the test has sent, the same version answers."""
     with httpx.Client(base_url=served.url, timeout=30) as client:
         before = client.get("/v1/model").json()

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from conftest import Served
+from conftest import Server
 
 from benchmarks import load, strangers
 from benchmarks.memory import Memory, resident_of, tree
@@ -68,7 +68,7 @@ def replicas(pid: int) -> list[int]:
 
 @pytest.mark.cluster
 def test_hostile_requests_are_refused_and_right_answers_stay_right(
-    served: Served, client: httpx.Client, splits: Splits
+    served: Server, client: httpx.Client, splits: Splits
 ) -> None:
     bodies = [encode_png(image) for image in splits.table.images[splits.test[:30]]]
 
