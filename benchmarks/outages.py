@@ -355,7 +355,20 @@ async def measure(server: Faulty, flags: Flags) -> tuple[list[Outage], Overload]
     for fault in FAULTS:
         outages.append(await outage(server, fault, questions, flags.seconds))
         print(fault, *(f"{bound.name} {_figure(bound)}" for bound in outages[-1].bounds()), sep="; ", flush=True)
-    return outages, await overload(server, questions, flags.seconds, flags.batch)
+        _say(outages[-1].samples)
+    over = await overload(server, questions, flags.seconds, flags.batch)
+    _say(over.samples)
+    return outages, over
+
+
+def _say(samples: Sequence[Sample]) -> None:
+    """How often each status and refusal came."""
+
+    def mark(sample: Sample) -> tuple[int, str]:
+        return sample.reply.status, "" if sample.reply.status == 200 else sample.reply.body[:60].decode(errors="replace")
+
+    for (status, text), count in load.count_by(samples, mark).items():
+        print(f"  {count} x {status} {text}", flush=True)
 
 
 def main() -> None:
