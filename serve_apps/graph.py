@@ -25,7 +25,8 @@ from meanet.errors import UserError
 from meanet.runtime import CloudRuntime, Images
 from meanet.tracking import MODEL, Tracker
 from serve_apps import invocations, v2
-from serve_apps.edge import CloudAnswer, EdgeService, OverloadedError
+from serve_apps.cloud_calls import CloudAnswer, CloudRequest
+from serve_apps.edge import EdgeService, OverloadedError
 from serve_apps.http import (
     MANY_IMAGES,
     MAX_BATCH_BYTES,
@@ -40,6 +41,7 @@ from serve_apps.http import (
     read_body,
     read_images,
 )
+from serve_apps.served import Served
 
 api = FastAPI(title="MEANet", description="Images in, classes out; each answer says which exit gave it.")
 Asked = Annotated[Wishes, Query()]
@@ -72,11 +74,12 @@ class Cloud:
     """The deep network, for complex samples."""
 
     def __init__(self, tracking_uri: str, version: int) -> None:
-        self._runtime = CloudRuntime(_load(tracking_uri, version))
+        model = _load(tracking_uri, version)
+        self._runtime, self._preprocessing = CloudRuntime(model), model.preprocessing
 
-    async def classify(self, images: Images) -> CloudAnswer:
-        """Answers for (N, H, W, C) images."""
-        reading = await asyncio.to_thread(self._runtime.run, images)
+    async def classify(self, request: CloudRequest) -> CloudAnswer:
+        """Answers for N samples."""
+        reading = await asyncio.to_thread(lambda: self._runtime.run(request.pixels(self._preprocessing)))
         sound = np.isfinite(reading.entropy)  # logits that are not finite are no answer, and NaN says so
         return CloudAnswer(reading.pred.tolist(), np.where(sound, reading.confidence, np.nan).tolist())
 
@@ -87,11 +90,11 @@ class Edge:
     """The edge device: answers what it can, asks the cloud for the rest."""
 
     def __init__(self, tracking_uri: str, version: int, cloud: DeploymentHandle[Any]) -> None:
-        async def ask_cloud(images: Images) -> CloudAnswer:
-            answer: CloudAnswer = await cloud.classify.remote(images)
+        async def ask_cloud(request: CloudRequest) -> CloudAnswer:
+            answer: CloudAnswer = await cloud.classify.remote(request)
             return answer
 
-        self._service = EdgeService(_load(tracking_uri, version), version, ask_cloud)
+        self._service = EdgeService(Served.of(_load(tracking_uri, version), version), ask_cloud)
 
     @api.post("/v1/classify", openapi_extra=ONE_IMAGE)
     async def classify(self, request: Request, wishes: Asked) -> Answer:
@@ -125,15 +128,15 @@ class Edge:
     @api.post("/v2/repository/index")
     async def repository(self) -> list[dict[str, str]]:
         """The one model, its version and state."""
-        return [{"name": MODEL, "version": str(self._service.version), "state": "READY", "reason": ""}]
+        return [{"name": MODEL, "version": str(self._service.served.version), "state": "READY", "reason": ""}]
 
     @api.get("/v2/models/{name}")
     @api.get("/v2/models/{name}/versions/{version}")
     async def model_metadata(self, name: str, version: int | None = None) -> dict[str, Any]:
         """Inputs and outputs."""
         self._check_served(name, version)
-        taken = self._service.model.preprocessing
-        return v2.model_metadata(MODEL, self._service.version, (taken.height, taken.width, taken.channels))
+        taken = self._service.served.model.preprocessing
+        return v2.model_metadata(MODEL, self._service.served.version, (taken.height, taken.width, taken.channels))
 
     @api.get("/v2/models/{name}/ready")
     @api.get("/v2/models/{name}/versions/{version}/ready")
@@ -156,13 +159,13 @@ class Edge:
         images = asked.pixels if asked.encoded is None else asked.encoded
         assert images is not None, "a request has one or the other"
         answers = await self._answer(images, wishes)
-        written = v2.respond(asked, answers, MODEL, self._service.version)
+        written = v2.respond(asked, answers, MODEL, self._service.served.version)
         return Response(written.body, headers=written.headers)
 
     def _check_served(self, name: str, version: int | None) -> None:
-        if name != MODEL or version not in (None, self._service.version):
+        if name != MODEL or version not in (None, self._service.served.version):
             asked = name if version is None else f"{name} version {version}"
-            raise HTTPException(404, f"{asked} is not served: {MODEL} version {self._service.version} is")
+            raise HTTPException(404, f"{asked} is not served: {MODEL} version {self._service.served.version} is")
 
     # MLflow's scoring protocol
 
@@ -188,10 +191,10 @@ class Edge:
     @api.get("/v1/model")
     async def describe(self) -> ModelDescription:
         """What is served."""
-        model = self._service.model
+        model = self._service.served.model
         return ModelDescription(
             name=MODEL,
-            version=self._service.version,
+            version=self._service.served.version,
             recipe=model.recipe.name,
             class_names=list(model.class_names),
             hard_classes=list(model.hard_classes),
@@ -203,15 +206,16 @@ class Edge:
     @api.get("/healthz")
     async def health(self) -> Health:
         """The replica is up and has loaded its model."""
-        return Health(status="ok", model_version=self._service.version)
+        return Health(status="ok", model_version=self._service.served.version)
 
     async def _answer(self, images: list[bytes] | Images, wishes: Wishes) -> list[Answer]:
         deadline = None if wishes.deadline_ms is None else wishes.deadline_ms / 1000
         try:
-            policy = self._service.policy.with_request(edge_only=wishes.edge_only, threshold=wishes.threshold)
+            served = self._service.served
+            policy = served.policy.with_request(edge_only=wishes.edge_only, threshold=wishes.threshold)
             if isinstance(images, list):
-                return await self._service.answer(images, policy, deadline)
-            return await self._service.answer_pixels(images, policy, deadline)
+                return await self._service.answer(images, policy, deadline, served)
+            return await self._service.answer_pixels(images, policy, deadline, served)
         except UserError as error:
             raise HTTPException(422, str(error)) from error
         except OverloadedError as error:

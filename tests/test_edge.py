@@ -13,10 +13,12 @@ from meanet.data import Splits
 from meanet.errors import UserError
 from meanet.preprocessing import encode_png
 from meanet.routing import Exit, Policy
-from meanet.runtime import Cascade, CloudRuntime, Images
+from meanet.runtime import Cascade, CloudRuntime
 from serve_apps.batching import Batcher
-from serve_apps.edge import CloudAnswer, EdgeService, OverloadedError
+from serve_apps.cloud_calls import CloudAnswer, CloudRequest
+from serve_apps.edge import EdgeService, OverloadedError
 from serve_apps.http import Answer
+from serve_apps.served import Served
 from serve_apps.settings import Settings
 
 ALL_TO_CLOUD = -1.0
@@ -27,21 +29,21 @@ def bodies(splits: Splits) -> list[bytes]:
     return [encode_png(image) for image in splits.table.images[splits.test[:100]]]
 
 
-def honest(model: TrainedModel) -> Callable[[Images], Awaitable[CloudAnswer]]:
+def honest(model: TrainedModel) -> Callable[[CloudRequest], Awaitable[CloudAnswer]]:
     runtime = CloudRuntime(model)
 
-    async def ask(images: Images) -> CloudAnswer:
-        reading = runtime.run(images)
+    async def ask(request: CloudRequest) -> CloudAnswer:
+        reading = runtime.run(request.pixels(model.preprocessing))
         return CloudAnswer(reading.pred.tolist(), reading.confidence.tolist())
 
     return ask
 
 
 def answers(
-    model: TrainedModel, ask: Callable[[Images], Awaitable[CloudAnswer]], bodies: Sequence[bytes], policy: Policy
+    model: TrainedModel, ask: Callable[[CloudRequest], Awaitable[CloudAnswer]], bodies: Sequence[bytes], policy: Policy
 ) -> list[Answer]:
     async def run() -> list[Answer]:
-        return await EdgeService(model, 3, ask, Settings(cloud_budget_s=0.3)).answer(bodies, policy)
+        return await EdgeService(Served.of(model, 3), ask, Settings(cloud_budget_s=0.3)).answer(bodies, policy)
 
     return asyncio.run(run())
 
@@ -69,8 +71,8 @@ def test_joules_are_those_of_the_blocks_that_ran(model: TrainedModel, bodies: li
 
 
 def test_edge_only_never_calls_the_cloud(model: TrainedModel, bodies: list[bytes]) -> None:
-    async def forbidden(images: Images) -> CloudAnswer:
-        raise AssertionError(f"{len(images)} images left the edge")
+    async def forbidden(request: CloudRequest) -> CloudAnswer:
+        raise AssertionError(f"{len(request.sizes)} images left the edge")
 
     got = answers(model, forbidden, bodies, model.policy.with_request(edge_only=True, threshold=ALL_TO_CLOUD))
     assert {answer.exit for answer in got} == {"main", "extension"}
@@ -78,25 +80,25 @@ def test_edge_only_never_calls_the_cloud(model: TrainedModel, bodies: list[bytes
     assert all(answer.policy.edge_only for answer in got)
 
 
-async def slow(images: Images) -> CloudAnswer:
+async def slow(request: CloudRequest) -> CloudAnswer:
     await asyncio.sleep(5)
-    return CloudAnswer([0] * len(images), [1.0] * len(images))
+    return CloudAnswer([0] * len(request.sizes), [1.0] * len(request.sizes))
 
 
-async def broken(images: Images) -> CloudAnswer:
-    raise ConnectionError(f"no cloud for {len(images)}")
+async def broken(request: CloudRequest) -> CloudAnswer:
+    raise ConnectionError(f"no cloud for {len(request.sizes)}")
 
 
-async def short_answer(images: Images) -> CloudAnswer:
+async def short_answer(request: CloudRequest) -> CloudAnswer:
     return CloudAnswer([0], [1.0])
 
 
-async def nan_answer(images: Images) -> CloudAnswer:
-    return CloudAnswer([0] * len(images), [float("nan")] * len(images))
+async def nan_answer(request: CloudRequest) -> CloudAnswer:
+    return CloudAnswer([0] * len(request.sizes), [float("nan")] * len(request.sizes))
 
 
-async def unknown_class(images: Images) -> CloudAnswer:
-    return CloudAnswer([10] * len(images), [1.0] * len(images))
+async def unknown_class(request: CloudRequest) -> CloudAnswer:
+    return CloudAnswer([10] * len(request.sizes), [1.0] * len(request.sizes))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +114,7 @@ async def unknown_class(images: Images) -> CloudAnswer:
 def test_the_edges_best_answer_stands_when_the_cloud_fails(
     model: TrainedModel,
     bodies: list[bytes],
-    cloud: Callable[[Images], Awaitable[CloudAnswer]],
+    cloud: Callable[[CloudRequest], Awaitable[CloudAnswer]],
     reason: str,
 ) -> None:
     edge = answers(model, honest(model), bodies, model.policy.with_request(edge_only=True))
@@ -121,9 +123,9 @@ def test_the_edges_best_answer_stands_when_the_cloud_fails(
     assert all(answer.degraded and answer.reason and reason in answer.reason for answer in got)
 
 
-async def late(model: TrainedModel, seconds: float, images: Images) -> CloudAnswer:
+async def late(model: TrainedModel, seconds: float, request: CloudRequest) -> CloudAnswer:
     await asyncio.sleep(seconds)
-    return await honest(model)(images)
+    return await honest(model)(request)
 
 
 def test_each_request_keeps_its_own_deadline(model: TrainedModel, bodies: list[bytes]) -> None:
@@ -131,7 +133,9 @@ def test_each_request_keeps_its_own_deadline(model: TrainedModel, bodies: list[b
     policy = model.policy.with_request(threshold=ALL_TO_CLOUD)
 
     async def run() -> tuple[list[Answer], list[Answer], float]:
-        service = EdgeService(model, 1, lambda images: late(model, 0.4, images), Settings(cloud_budget_s=1.0))
+        service = EdgeService(
+            Served.of(model, 1), lambda request: late(model, 0.4, request), Settings(cloud_budget_s=1.0)
+        )
         await service.answer(bodies[:1], policy.with_request(edge_only=True))
         started = time.monotonic()
 
@@ -151,15 +155,15 @@ def test_breaker_opens_lets_nobody_wait_and_closes_by_itself(model: TrainedModel
     policy = model.policy.with_request(threshold=ALL_TO_CLOUD)
     down, asked = [True], [0]
 
-    async def cloud(images: Images) -> CloudAnswer:
+    async def cloud(request: CloudRequest) -> CloudAnswer:
         asked[0] += 1
         if down[0]:
             await asyncio.sleep(10)
-        return await honest(model)(images)
+        return await honest(model)(request)
 
     async def run() -> None:
         settings = Settings(cloud_budget_s=0.1, breaker_failures=2, breaker_open_s=0.3)
-        service = EdgeService(model, 1, cloud, settings)
+        service = EdgeService(Served.of(model, 1), cloud, settings)
         for _ in range(2):
             (answer,) = await service.answer(bodies[:1], policy)
             assert answer.reason == "cloud timed out"
@@ -191,7 +195,7 @@ def test_overload_is_refused_at_once_and_what_is_accepted_keeps_its_deadline(
     policy = model.policy.with_request(edge_only=True)
 
     async def run() -> None:
-        service = EdgeService(model, 1, honest(model), Settings(max_queued=40))
+        service = EdgeService(Served.of(model, 1), honest(model), Settings(max_queued=40))
         await service.answer(bodies[:1], policy)
         started = time.monotonic()
         results = await asyncio.gather(
@@ -216,7 +220,7 @@ def test_clients_in_haste_do_not_open_the_breaker(model: TrainedModel, bodies: l
 
     async def run() -> None:
         settings = Settings(cloud_budget_s=1.0, breaker_failures=2, reserve_s=0.0)
-        service = EdgeService(model, 1, lambda images: late(model, 0.3, images), settings)
+        service = EdgeService(Served.of(model, 1), lambda request: late(model, 0.3, request), settings)
         await service.answer(bodies[:1], policy.with_request(edge_only=True))
         for _ in range(4):
             (answer,) = await service.answer(bodies[:1], policy, 0.15)
@@ -231,13 +235,13 @@ def test_cancelled_call_is_a_failure_and_a_cancelled_probe_is_over(model: Traine
     """Ray Serve cancels a request's calls when its client hangs up."""
     policy, cancels = model.policy.with_request(threshold=ALL_TO_CLOUD), [True]
 
-    async def cloud(images: Images) -> CloudAnswer:
+    async def cloud(request: CloudRequest) -> CloudAnswer:
         if cancels[0]:
             raise asyncio.CancelledError
-        return await honest(model)(images)
+        return await honest(model)(request)
 
     async def run() -> None:
-        service = EdgeService(model, 1, cloud, Settings(breaker_failures=1, breaker_open_s=0.1))
+        service = EdgeService(Served.of(model, 1), cloud, Settings(breaker_failures=1, breaker_open_s=0.1))
         (answer,) = await asyncio.wait_for(service.answer(bodies[:1], policy), 1.5)
         assert answer.reason == "cloud failed: ConnectionError"
         await asyncio.sleep(0.15)
@@ -257,7 +261,9 @@ def test_too_many_calls_under_way_are_not_added_to(model: TrainedModel, bodies: 
     policy = model.policy.with_request(threshold=ALL_TO_CLOUD)
 
     async def run() -> None:
-        service = EdgeService(model, 1, lambda images: late(model, 0.3, images), Settings(max_cloud_calls=1))
+        service = EdgeService(
+            Served.of(model, 1), lambda request: late(model, 0.3, request), Settings(max_cloud_calls=1)
+        )
         first = asyncio.ensure_future(service.answer(bodies[:1], policy))
         await asyncio.sleep(0.1)
         (second,) = await service.answer(bodies[:1], policy)
@@ -285,7 +291,7 @@ def test_senseless_settings_are_refused(values: dict[str, Any], says: str) -> No
 
 def test_bad_image_is_named_and_the_service_lives_on(model: TrainedModel, bodies: list[bytes]) -> None:
     async def run() -> list[Answer]:
-        service = EdgeService(model, 1, honest(model))
+        service = EdgeService(Served.of(model, 1), honest(model))
         with pytest.raises(UserError, match=r"image 1 of the batch.*no readable PNG or JPEG"):
             await service.answer([bodies[0], b"no image"], model.policy)
         return await service.answer(bodies[:1], model.policy)
@@ -295,7 +301,7 @@ def test_bad_image_is_named_and_the_service_lives_on(model: TrainedModel, bodies
 
 def test_requests_with_different_policies_share_a_batch(model: TrainedModel, bodies: list[bytes]) -> None:
     async def run() -> tuple[list[Answer], list[Answer]]:
-        service = EdgeService(model, 1, honest(model))
+        service = EdgeService(Served.of(model, 1), honest(model))
         private = model.policy.with_request(edge_only=True)
         complex_ = model.policy.with_request(threshold=ALL_TO_CLOUD)
         one, two = await asyncio.gather(service.answer(bodies, private), service.answer(bodies, complex_))
