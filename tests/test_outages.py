@@ -11,32 +11,34 @@ from benchmarks.unreliable import running
 from meanet.artifact import TrainedModel
 from meanet.data import Splits
 from meanet.preprocessing import encode_png
-from meanet.runtime import CloudRuntime, Images
+from meanet.runtime import CloudRuntime
 from meanet.tracking import Tracker
-from serve_apps.edge import CloudAnswer, EdgeService
+from serve_apps.cloud_calls import CloudAnswer, CloudRequest
+from serve_apps.edge import EdgeService
 from serve_apps.http import Answer
+from serve_apps.served import Served
 from serve_apps.settings import Settings
 
 BUDGET_S, OPEN_S = 0.2, 0.3
-PHASE_S = 1.5
+PHASE_S = 1.2
 
 
 class Cloud:
     """Honest, until told otherwise."""
 
     def __init__(self, model: TrainedModel) -> None:
-        self._runtime, self.fault = CloudRuntime(model), "none"
+        self._runtime, self._preprocessing, self.fault = CloudRuntime(model), model.preprocessing, "none"
 
-    async def ask(self, images: Images) -> CloudAnswer:
+    async def ask(self, request: CloudRequest) -> CloudAnswer:
         if self.fault == "killed":
             raise ConnectionError("the replica died")
         if self.fault == "hung":
             await asyncio.Event().wait()
         if self.fault == "slow":
             await asyncio.sleep(2)
-        reading = self._runtime.run(images)
-        nan = self.fault == "nan"
-        return CloudAnswer(reading.pred.tolist(), [float("nan")] * len(images) if nan else reading.confidence.tolist())
+        reading = self._runtime.run(request.pixels(self._preprocessing))
+        confidences = reading.confidence.tolist()
+        return CloudAnswer(reading.pred.tolist(), [float("nan") if self.fault == "nan" else one for one in confidences])
 
 
 @pytest.mark.parametrize("fault", outages.FAULTS)
@@ -60,7 +62,7 @@ def test_an_outage_under_load_costs_nobody_an_answer(fault: str, model: TrainedM
 
     async def run() -> None:
         cloud = Cloud(model)
-        service = EdgeService(model, 1, cloud.ask, settings)
+        service = EdgeService(Served.of(model, 1), cloud.ask, settings)
         healthy = await service.answer(bodies, model.policy)
         alone = await service.answer(bodies, model.policy.with_request(edge_only=True))
         assert {answer.exit for answer in healthy} == {"main", "extension", "cloud"}
