@@ -1,6 +1,8 @@
 """Thousands of hostile bodies, seeded: each is answered or refused, at bounded cost, and right answers stay right."""
 
 import asyncio
+import contextlib
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -53,6 +55,26 @@ def test_every_image_is_decoded_or_refused(shape: strangers.Shape, resize: bool,
     assert refused | taken == set(strangers.IMAGES), "every kind came"
     assert {"thousands of scans", "thousands of chunks", "PNG of billions of pixels", "noise"} <= refused
     assert {"inflating profile or text", "inflating pixels", "malformed application data"} <= taken
+
+
+def test_no_file_or_address_is_opened_for_a_stranger() -> None:
+    preprocessing, generator = Preprocessing(8, 8, 1, (0.5,), (0.25,), resize=True), np.random.default_rng(3)
+    opened, watching = list[str](), [False]
+
+    def watch(event: str, arguments: tuple[object, ...]) -> None:
+        if watching[0] and event in ("open", "socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system"):
+            opened.append(f"{event} {arguments}")
+
+    sys.addaudithook(watch)
+    bodies = [body for maker in strangers.IMAGES.values() for body in (maker((8, 8, 1), generator) for _ in range(30))]
+    for watching[0] in (False, True):  # the first time, Pillow imports its decoders
+        for body in bodies:
+            with contextlib.suppress(UserError):
+                preprocessing.decode(body)
+    assert opened == []
+    Path(__file__).read_bytes()
+    watching[0] = False
+    assert len(opened) == 1, "the watch works"
 
 
 def test_generator_is_seeded() -> None:
