@@ -229,9 +229,23 @@ async def outage(server: Faulty, fault: str, questions: Sequence[Question], seco
         await asyncio.sleep(seconds)
         server.tell("none")
         healthy = time.monotonic()
-    await asyncio.sleep(max(0.0, healthy + RECOVERY_S + 2 - time.monotonic()))
+    complex_ = next(
+        request for question, request in zip(questions, normal, strict=True) if question.answer[1] == "cloud"
+    )
+    await _until_answered(server.url, complex_, healthy + RECOVERY_S)
+    await asyncio.sleep(0.5)
     stop.set()
     return Outage(fault, edge_only, await under_load, begin, healthy, questions)
+
+
+async def _until_answered(url: str, complex_: bytes, at_most: float) -> None:
+    """Until the cloud answers, or the time is over."""
+    async with load.connections(url, 1) as (connection,):
+        while time.monotonic() < at_most:
+            reply = await connection.ask(complex_, 2)
+            if reply.status == 200 and json.loads(reply.body)["exit"] == "cloud":
+                return
+            await asyncio.sleep(0.1)
 
 
 async def _made_anew(server: Faulty, begin: float, limit_s: float = 120) -> float:
@@ -365,7 +379,9 @@ def _say(samples: Sequence[Sample]) -> None:
     """How often each status and refusal came."""
 
     def mark(sample: Sample) -> tuple[int, str]:
-        return sample.reply.status, "" if sample.reply.status == 200 else sample.reply.body[:60].decode(errors="replace")
+        return sample.reply.status, "" if sample.reply.status == 200 else sample.reply.body[:60].decode(
+            errors="replace"
+        )
 
     for (status, text), count in load.count_by(samples, mark).items():
         print(f"  {count} x {status} {text}", flush=True)

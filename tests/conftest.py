@@ -123,5 +123,8 @@ def client(served: Server) -> Iterator[httpx.Client]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the shared server come last, so that no other cluster runs beside it."""
+    """Tests of the shared server are marked so, and come last: no other cluster of theirs runs beside it."""
+    for item in items:
+        if "served" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.served)
     items.sort(key=lambda item: "served" in getattr(item, "fixturenames", ()))

@@ -85,6 +85,7 @@ def test_an_outage_under_load_costs_nobody_an_answer(fault: str, model: TrainedM
 
 
 @pytest.mark.cluster
+@pytest.mark.served
 def test_outages_and_overload_over_http(model: TrainedModel, tmp_path: Path) -> None:
     """Each fault for some seconds, as the benchmark has them for a minute; its bounds on time are the benchmark's."""
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
