@@ -107,10 +107,14 @@ class _Jpeg:
 
     def _segment(self, place: int) -> tuple[int, int, int] | None:
         """Marker, begin of the content and end of the segment at a place; None where there is none."""
-        data, fill = self.data, _FILL.match(self.data, place)
-        if fill is None or fill.end() >= len(data):
+        data = self.data
+        if place + 2 > len(data) or data[place] != 0xFF:
             return None
-        marker, begin = data[fill.end()], fill.end() + 1
+        if data[place + 1] == 0xFF and (fill := _FILL.match(data, place)):
+            place = fill.end() - 1
+            if place + 2 > len(data):
+                return None
+        marker, begin = data[place + 1], place + 2
         if marker in _ALONE or marker == _EOI:
             return marker, begin, begin
         return marker, begin + 2, begin + max(2, int.from_bytes(data[begin : begin + 2]))
