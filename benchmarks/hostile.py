@@ -99,7 +99,7 @@ async def bombard(flags: Flags, pid: int, shape: strangers.Shape) -> Outcome:
         await asyncio.gather(*(work(connection) for connection in connections))
         if await _right_answers(connections[0], shape) != right:
             outcome.failures.append("sound images are answered otherwise than before")
-    outcome.failures += _lost_or_grown(outcome.memory)
+    outcome.failures += lost_or_grown(outcome.memory)
     return outcome
 
 
@@ -120,7 +120,8 @@ def _held(pid: int) -> dict[int, int]:
     return {one: resident_of(one) for one in replicas(pid)}
 
 
-def _lost_or_grown(memory: list[tuple[int, dict[int, int]]]) -> list[str]:
+def lost_or_grown(memory: list[tuple[int, dict[int, int]]]) -> list[str]:
+    """What must not be, in words: (requests sent, bytes by replica) from first to last."""
     first, last = memory[0][1], memory[-1][1]
     warm = next((held for sent, held in memory if sent >= memory[-1][0] / 10), first)
     found = [

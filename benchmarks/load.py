@@ -198,6 +198,7 @@ async def paced(
             group.create_task(one(due, next(numbers)))
     for connection in made:
         connection.close()
+    await asyncio.sleep(0)
     return samples
 
 
