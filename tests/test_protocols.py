@@ -1,6 +1,7 @@
 """Other people's clients against the served model: tritonclient, MLflow's scoring client, schemathesis."""
 
 import base64
+import contextlib
 import json
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import schemathesis
 from conftest import Server
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
 from mlflow.pyfunc.scoring_server.client import ScoringServerClient
 from schemathesis.generation import GenerationMode
 
@@ -143,10 +145,12 @@ def test_schemathesis_finds_no_server_error(served: Server, client: httpx.Client
                 in_haste = isinstance(deadline, int | float) and deadline < 100  # may be over on a busy machine
                 assert response.status_code < 500 or (response.status_code == 503 and in_haste), response.text
                 statuses.setdefault(case.operation.label, set()).add(response.status_code)
-                if response.status_code != 405:
+                if response.status_code not in (400, 405):  # which the ingress may say in its own words
                     json.loads(response.content)
 
-            ask()
+            nothing_to_damage = Unsatisfiable if mode is GenerationMode.NEGATIVE else ()
+            with contextlib.suppress(nothing_to_damage):  # where an operation takes no parameters
+                ask()
     tiny = client.post("/v1/classify?deadline_ms=0.5", content=bodies[0])
     assert (tiny.status_code, "greater than or equal to 10" in tiny.text) == (422, True)
     assert set(statuses) >= {"POST /v1/classify", "POST /v1/classify/batch", "GET /v1/model"}
