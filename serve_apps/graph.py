@@ -27,6 +27,7 @@ from meanet.tracking import MODEL, Tracker
 from serve_apps import invocations, v2
 from serve_apps.cloud_calls import CloudAnswer, CloudRequest
 from serve_apps.edge import EdgeService, OverloadedError
+from serve_apps.gate import Gate
 from serve_apps.http import (
     MANY_IMAGES,
     MAX_BATCH_BYTES,
@@ -67,6 +68,9 @@ class AppArgs(BaseModel):
 def _load(tracking_uri: str, version: int) -> TrainedModel:
     torch.set_num_threads(1)
     return Tracker(tracking_uri).download(version)
+
+
+api.add_middleware(Gate)  # the last that is added, so that it comes first
 
 
 @serve.deployment(name="cloud", max_ongoing_requests=16, max_queued_requests=256)
