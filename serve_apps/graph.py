@@ -24,10 +24,9 @@ from meanet.artifact import TrainedModel
 from meanet.errors import UserError
 from meanet.runtime import CloudRuntime, Images
 from meanet.tracking import MODEL, Tracker
-from serve_apps import invocations, v2
+from serve_apps import gate, invocations, v2
 from serve_apps.cloud_calls import CloudAnswer, CloudRequest
 from serve_apps.edge import EdgeService, OverloadedError
-from serve_apps.gate import Gate
 from serve_apps.http import (
     MANY_IMAGES,
     MAX_BATCH_BYTES,
@@ -70,7 +69,7 @@ def _load(tracking_uri: str, version: int) -> TrainedModel:
     return Tracker(tracking_uri).download(version)
 
 
-api.add_middleware(Gate)  # the last that is added, so that it comes first
+api.add_middleware(gate.Gate)  # the last that is added, so that it comes first
 
 
 @serve.deployment(name="cloud", max_ongoing_requests=16, max_queued_requests=256)
