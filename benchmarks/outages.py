@@ -35,7 +35,7 @@ AT_ONCE_S = 0.25
 GROWTH = 64 * 2**20
 """Bytes between the first and the last quarter of the overload; allocators keep some."""
 FAULTS = ("killed", "hung", "slow", "nan")
-_CLIENTS, _PER_SECOND = 4, 20.0
+_PER_SECOND = 20.0
 _SETTLE_S = 1.0
 """After a fault's begin: calls that were under way may still bring an answer."""
 
@@ -46,6 +46,8 @@ class Flags:
 
     seconds: float = 60.0
     """Of each fault, and of the overload."""
+    clients: int = 4
+    """Of the closed loop during the faults: fewer leave room for the cloud replica that starts on the same cores."""
     batch: int = 16
     """Images a request of the overload, so that the blocks are what is overloaded."""
     output: Path = Path("docs/benchmarks/outages.md")
@@ -203,21 +205,21 @@ async def ask_healthy(url: str, count: int = 100) -> list[Question]:
     return [one for pair in zip(complex_[:both], simple[:both], strict=True) for one in pair]
 
 
-async def drive(url: str, requests: Sequence[bytes], stop: asyncio.Event) -> list[Sample]:
+async def drive(url: str, requests: Sequence[bytes], clients: int, stop: asyncio.Event) -> list[Sample]:
     """The load of every phase: some clients in a closed loop, and a schedule."""
     parts = await asyncio.gather(
-        load.closed_loop(url, requests, _CLIENTS, stop), load.paced(url, requests, _PER_SECOND, stop)
+        load.closed_loop(url, requests, clients, stop), load.paced(url, requests, _PER_SECOND, stop)
     )
     return [sample for part in parts for sample in part]
 
 
-async def outage(server: Faulty, fault: str, questions: Sequence[Question], seconds: float) -> Outage:
+async def outage(server: Faulty, fault: str, questions: Sequence[Question], seconds: float, clients: int = 4) -> Outage:
     """Edge-only load, the fault under load, and load until it must have recovered."""
     alone = [classify(question.body, edge_only="true") for question in questions]
     normal = [classify(question.body) for question in questions]
-    edge_only = await drive(server.url, alone, load.after(seconds / 2))
+    edge_only = await drive(server.url, alone, clients, load.after(seconds / 2))
     stop = asyncio.Event()
-    under_load = asyncio.create_task(drive(server.url, normal, stop))
+    under_load = asyncio.create_task(drive(server.url, normal, clients, stop))
     await asyncio.sleep(1)
     begin = time.monotonic()
     if fault == "killed":
@@ -283,8 +285,8 @@ def _batch(bodies: Sequence[bytes]) -> bytes:
 
 _OUTAGES = """# When the cloud is away, and under overload
 
-`python -m benchmarks.outages --seconds {seconds:g}`, {date}, {cores} cores ({machine}) for clients, server and cluster,
-Python {python}, Ray {ray}; digits, one edge and one cloud replica.
+`python -m benchmarks.outages --seconds {seconds:g} --clients {clients}`, {date}, {cores} cores ({machine}) for clients,
+server and cluster, Python {python}, Ray {ray}; digits, one edge and one cloud replica.
 
 For each fault, {clients} clients in a closed loop and {rate:g} requests a second on a schedule; half of the images want
 the cloud; each request names a deadline of {deadline:g} s. Before each, the same load with `edge_only`, {alone:g} s.
@@ -316,7 +318,7 @@ def page(flags: Flags, outages: Sequence[Outage], over: Overload) -> str:
         machine=platform.machine(),
         python=platform.python_version(),
         ray=version("ray"),
-        clients=_CLIENTS,
+        clients=flags.clients,
         rate=_PER_SECOND,
         deadline=DEADLINE_S,
         alone=flags.seconds / 2,
@@ -367,7 +369,7 @@ async def measure(server: Faulty, flags: Flags) -> tuple[list[Outage], Overload]
     questions = await ask_healthy(server.url)
     outages = []
     for fault in FAULTS:
-        outages.append(await outage(server, fault, questions, flags.seconds))
+        outages.append(await outage(server, fault, questions, flags.seconds, flags.clients))
         print(fault, *(f"{bound.name} {_figure(bound)}" for bound in outages[-1].bounds()), sep="; ", flush=True)
         _say(outages[-1].samples)
     over = await overload(server, questions, flags.seconds, flags.batch)
