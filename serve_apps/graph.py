@@ -19,6 +19,7 @@ from fastapi import FastAPI, HTTPException, Query, Request, Response
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from starlette.middleware import Middleware
 
 from meanet.artifact import TrainedModel
 from meanet.errors import UserError
@@ -43,7 +44,11 @@ from serve_apps.http import (
 )
 from serve_apps.served import Served
 
-api = FastAPI(title="MEANet", description="Images in, classes out; each answer says which exit gave it.")
+api = FastAPI(
+    title="MEANet",
+    description="Images in, classes out; each answer says which exit gave it.",
+    middleware=[Middleware(gate.Gate)],  # before all others: it refuses what nobody is to read
+)
 Asked = Annotated[Wishes, Query()]
 
 
@@ -67,9 +72,6 @@ class AppArgs(BaseModel):
 def _load(tracking_uri: str, version: int) -> TrainedModel:
     torch.set_num_threads(1)
     return Tracker(tracking_uri).download(version)
-
-
-api.add_middleware(gate.Gate)  # the last that is added, so that it comes first
 
 
 @serve.deployment(name="cloud", max_ongoing_requests=16, max_queued_requests=256)
