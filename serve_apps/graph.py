@@ -10,6 +10,7 @@ Only complex samples hop, as one array a batch. If the cloud fails, the edge's b
 import asyncio
 import math
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -24,7 +25,8 @@ from meanet.artifact import TrainedModel
 from meanet.errors import UserError
 from meanet.runtime import CloudRuntime, Images
 from meanet.tracking import MODEL, Tracker
-from serve_apps import invocations, v2
+from serve_apps import events, invocations, traces, v2
+from serve_apps.board import Board, Report, View
 from serve_apps.cloud_calls import CloudAnswer, CloudRequest
 from serve_apps.edge import EdgeService, OverloadedError
 from serve_apps.http import (
@@ -42,8 +44,12 @@ from serve_apps.http import (
     read_images,
 )
 from serve_apps.served import Served
+from serve_apps.sight import Sight
+from serve_apps.tally import Tally
+from serve_apps.watched import Watched
 
 api = FastAPI(title="MEANet", description="Images in, classes out; each answer says which exit gave it.")
+api.add_middleware(Watched, events=events.Events(), tracing=partial(traces.of_process, "meanet-edge"), echo=False)
 Asked = Annotated[Wishes, Query()]
 
 
@@ -62,6 +68,8 @@ class AppArgs(BaseModel):
     """Replicas of the cloud network."""
     num_cpus: float = 1.0
     """CPUs a replica reserves; each computes on one thread."""
+    access_log: bool = False
+    """A line in an edge replica's log for each request."""
 
 
 def _load(tracking_uri: str, version: int) -> TrainedModel:
@@ -84,17 +92,54 @@ class Cloud:
         return CloudAnswer(reading.pred.tolist(), np.where(sound, reading.confidence, np.nan).tolist())
 
 
+@serve.deployment(name="board", max_ongoing_requests=1024)
+class SharedBoard:
+    """What all edge replicas have counted."""
+
+    def __init__(self) -> None:
+        self._board = Board()
+
+    async def report(self, report: Report) -> None:
+        """Take a replica's counts."""
+        self._board.report(report)
+
+    async def view(self, report: Report) -> View:
+        """Take them, and give what all have."""
+        self._board.report(report)
+        return self._board.view()
+
+
+class _Link:
+    """The shared board, as a replica reaches it."""
+
+    def __init__(self, board: DeploymentHandle[Any]) -> None:
+        self._board = board
+
+    async def report(self, report: Report) -> None:
+        await self._board.report.remote(report)
+
+    async def view(self, report: Report) -> View:
+        view: View = await self._board.view.remote(report)
+        return view
+
+
 @serve.deployment(name="edge", max_ongoing_requests=128, max_queued_requests=512)
 @serve.ingress(api)
 class Edge:
     """The edge device: answers what it can, asks the cloud for the rest."""
 
-    def __init__(self, tracking_uri: str, version: int, cloud: DeploymentHandle[Any]) -> None:
+    def __init__(self, args: AppArgs, version: int, cloud: DeploymentHandle[Any], board: DeploymentHandle[Any]) -> None:
         async def ask_cloud(request: CloudRequest) -> CloudAnswer:
             answer: CloudAnswer = await cloud.classify.remote(request)
             return answer
 
-        self._service = EdgeService(Served.of(_load(tracking_uri, version), version), ask_cloud)
+        replica, tally = serve.get_replica_context().replica_id.unique_id, Tally()
+        events.set_up(replica, access=args.access_log)
+        served = Served.of(_load(args.tracking_uri, version), version)
+        self._service = EdgeService(served, ask_cloud, observer=tally)
+        tracing = traces.of_process("meanet-edge")
+        self._sight = Sight(replica, self._service, tally, events.Events(), link=_Link(board), tracing=tracing)
+        self._reporting = asyncio.get_running_loop().create_task(self._sight.run())
 
     @api.post("/v1/classify", openapi_extra=ONE_IMAGE)
     async def classify(self, request: Request, wishes: Asked) -> Answer:
@@ -107,6 +152,35 @@ class Edge:
         """Classify many images in one request: multipart files, or an Arrow IPC stream with a column `image`."""
         images = await read_images(request)
         return BatchAnswer(answers=await self._answer(images, wishes))
+
+    # Sight
+
+    @api.get("/", include_in_schema=False)
+    async def page(self) -> Response:
+        """The operator's page."""
+        return self._sight.page()
+
+    @api.get("/metrics", include_in_schema=False)
+    async def metrics(self, request: Request) -> Response:
+        """Prometheus metrics of all edge replicas."""
+        return await self._sight.metrics(request.headers.get("accept", ""))
+
+    @api.get("/v1/status")
+    async def status(self) -> Response:
+        """What all edge replicas did in the last minute and how they stand."""
+        return await self._sight.status()
+
+    @api.get("/v1/front")
+    async def front(self) -> Response:
+        """The points about the operating point, and the policy in force."""
+        return self._sight.front()
+
+    @api.post("/v1/explain", openapi_extra=ONE_IMAGE)
+    async def explain(self, request: Request, wishes: Asked) -> Response:
+        """Classify one image as /v1/classify does, and say why it was answered so."""
+        body = await read_body(request, MAX_IMAGE_BYTES)
+        (answer,) = await self._answer([body], wishes)
+        return await self._sight.explain(body, wishes, answer)
 
     # The Open Inference Protocol v2
 
@@ -208,13 +282,16 @@ class Edge:
             served = self._service.served
             policy = served.policy.with_request(edge_only=wishes.edge_only, threshold=wishes.threshold)
             if isinstance(images, list):
-                return await self._service.answer(images, policy, deadline, served)
-            return await self._service.answer_pixels(images, policy, deadline, served)
+                answers = await self._service.answer(images, policy, deadline, served)
+            else:
+                answers = await self._service.answer_pixels(images, policy, deadline, served)
         except UserError as error:
             raise HTTPException(422, str(error)) from error
         except OverloadedError as error:
             headers = {"Retry-After": str(math.ceil(error.retry_after_s))}
             raise HTTPException(503, f"overloaded: {error}; try again later", headers) from error
+        self._sight.answered(answers)
+        return answers
 
 
 def app(args: AppArgs) -> serve.Application:
@@ -224,7 +301,9 @@ def app(args: AppArgs) -> serve.Application:
     options = {"num_cpus": args.num_cpus, "runtime_env": environment}
     cloud_deployment: Any = Cloud  # what the decorators make of the classes
     edge_deployment: Any = Edge
+    board_deployment: Any = SharedBoard
     cloud = cloud_deployment.options(num_replicas=args.cloud_replicas, ray_actor_options=options)
     edge = edge_deployment.options(num_replicas=args.edge_replicas, ray_actor_options=options)
-    graph: serve.Application = edge.bind(args.tracking_uri, version, cloud.bind(args.tracking_uri, version))
+    board = board_deployment.options(num_replicas=1, ray_actor_options={"num_cpus": 0, "runtime_env": environment})
+    graph: serve.Application = edge.bind(args, version, cloud.bind(args.tracking_uri, version), board.bind())
     return graph

@@ -239,17 +239,17 @@ def is_hard(main: Reading, policy: Policy) -> Bools:
     return np.isin(main.pred, np.asarray(policy.hard_classes, dtype=np.int64))
 
 
-def _limits(main: Reading, hard: Bools, policy: Policy) -> Floats:
+def limits(main: Reading, hard: Bools, policy: Policy) -> Floats:
     """(N,) the threshold that holds for each sample; infinite = never to the cloud."""
-    limits: Floats = np.array([np.inf if value is None else value for value in policy.thresholds])
+    values: Floats = np.array([np.inf if value is None else value for value in policy.thresholds])
     if policy.edge_only:
-        limits[:] = np.inf
+        values[:] = np.inf
     place = {"two_gate": hard.astype(np.int64), "per_class": main.pred}.get(policy.gate, np.zeros_like(main.pred))
-    own: Floats = limits[place]
+    own: Floats = values[place]
     return own
 
 
-def _waits(policy: Policy) -> bool:
+def waits(policy: Policy) -> bool:
     """Whether samples of hard classes are judged only by the answer that the edge accepts."""
     return policy.measures[-1] == "accepted_entropy"
 
@@ -260,20 +260,20 @@ def first_exit(main: Reading, policy: Policy) -> Ints:
     Where the accepted answer's entropy decides, samples of hard classes run the extension block first: `still_complex`.
     """
     hard = is_hard(main, policy)
-    limits = _limits(main, hard, policy)
-    leaves = complexity(main, policy.measures[0]) > limits
+    own = limits(main, hard, policy)
+    leaves = complexity(main, policy.measures[0]) > own
     if policy.gate == "two_gate":
-        leaves = np.where(hard, complexity(main, policy.measures[1]) > limits, leaves)
-    if _waits(policy):  # but for those of which the main exit says nothing
-        leaves = np.where(hard, np.isinf(main.entropy) & np.isfinite(limits), leaves)
+        leaves = np.where(hard, complexity(main, policy.measures[1]) > own, leaves)
+    if waits(policy):  # but for those of which the main exit says nothing
+        leaves = np.where(hard, np.isinf(main.entropy) & np.isfinite(own), leaves)
     return np.where(leaves, Exit.CLOUD, np.where(hard, Exit.EXTENSION, Exit.MAIN)).astype(np.int64)
 
 
 def still_complex(main: Reading, settled: Reading, policy: Policy) -> Bools:
     """(N,) of samples whose extension block ran: whether the accepted answer sends them to the cloud all the same."""
-    if not _waits(policy):
+    if not waits(policy):
         return np.zeros(len(main.pred), dtype=bool)
-    return complexity(settled, "accepted_entropy") > _limits(main, np.ones(len(main.pred), dtype=bool), policy)
+    return complexity(settled, "accepted_entropy") > limits(main, np.ones(len(main.pred), dtype=bool), policy)
 
 
 def settle(main: Reading, extension: Reading) -> Reading:
