@@ -44,6 +44,8 @@ class Flags:
     """Replicas of the edge's blocks."""
     cloud_replicas: int = 1
     """Replicas of the cloud's network."""
+    access_log: bool = False
+    """A line in an edge replica's log for each request."""
     ready_file: Path | None = None
     """Where to write {"url", "version"} once requests are answered."""
 
@@ -127,6 +129,7 @@ def main() -> None:
         version=str(version),
         edge_replicas=flags.edge_replicas,
         cloud_replicas=flags.cloud_replicas,
+        access_log=flags.access_log,
     )
     with ray_cluster(os.environ.get("RAY_ADDRESS") or None):
         ready = threading.Event()

@@ -17,6 +17,7 @@ from serve_apps.breaker import Breaker
 from serve_apps.micro_batch import Pass, Task, mask
 from serve_apps.observer import Observer
 from serve_apps.settings import Settings
+from serve_apps.traces import TRACEPARENT
 
 _PROBE_IMAGES = 8
 
@@ -119,6 +120,7 @@ class CloudCalls:
         if max(limits.values()) <= started:
             await self._answer_alone(batch, rows, 0.0, "no time for the cloud")
             return
+        TRACEPARENT.set(next((batch.tasks[row].traceparent for row in rows if batch.tasks[row].traceparent), None))
         self._under_way += 1
         call: asyncio.Future[CloudAnswer] | None = None
         try:

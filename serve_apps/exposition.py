@@ -93,11 +93,16 @@ def _states(states: list[ReplicaState]) -> Iterator[Metric]:
 
 
 def _thresholds(states: list[ReplicaState]) -> Metric:
+    """Their mean over the replicas of a version and a gate: a budget moves each one's own."""
     family = GaugeMetricFamily(
-        "meanet_threshold", "In the gate's unit; +Inf = never to the cloud", labels=["policy", "index"]
+        "meanet_threshold", "In the gate's unit; +Inf = never to the cloud", labels=["version", "gate", "index"]
     )
-    for policy in {state.policy["id"]: state.policy for state in states}.values():
-        if len(policy["thresholds"]) <= _MAX_THRESHOLDS:
-            for index, threshold in enumerate(policy["thresholds"]):
-                family.add_metric([policy["id"], str(index)], float("inf") if threshold is None else threshold)
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for state in states:
+        thresholds = state.policy["thresholds"]
+        for index, threshold in enumerate(thresholds if len(thresholds) <= _MAX_THRESHOLDS else ()):
+            key = str(state.version), state.policy["gate"], str(index)
+            found.setdefault(key, []).append(float("inf") if threshold is None else threshold)
+    for labels, values in found.items():
+        family.add_metric(list(labels), sum(values) / len(values))
     return family

@@ -10,7 +10,6 @@ Only complex samples hop, as one array a batch. If the cloud fails, the edge's b
 import asyncio
 import math
 from dataclasses import asdict
-from functools import partial
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -25,8 +24,7 @@ from meanet.artifact import TrainedModel
 from meanet.errors import UserError
 from meanet.runtime import CloudRuntime, Images
 from meanet.tracking import MODEL, Tracker
-from serve_apps import events, invocations, traces, v2
-from serve_apps.board import Board, Report, View
+from serve_apps import events, invocations, sight_api, v2
 from serve_apps.cloud_calls import CloudAnswer, CloudRequest
 from serve_apps.edge import EdgeService, OverloadedError
 from serve_apps.http import (
@@ -44,12 +42,22 @@ from serve_apps.http import (
     read_images,
 )
 from serve_apps.served import Served
-from serve_apps.sight import Sight
 from serve_apps.tally import Tally
-from serve_apps.watched import Watched
+from serve_apps.traces import TRACEPARENT, cloud_pass
+from serve_apps.watched import Watched, answered
 
-api = FastAPI(title="MEANet", description="Images in, classes out; each answer says which exit gave it.")
-api.add_middleware(Watched, events=events.Events(), tracing=partial(traces.of_process, "meanet-edge"), echo=False)
+
+def _made() -> FastAPI:
+    made = FastAPI(title="MEANet", description="Images in, classes out; each answer says which exit gave it.")
+    made.router.routes.extend(
+        sight_api.router.routes
+    )  # included as a router they hold a lock, and Serve pickles the app
+    # The outermost middleware, so added last; Serve hands ids back itself.
+    made.add_middleware(Watched, events=events.Events(), tracing=sight_api.tracing, echo=False)
+    return made
+
+
+api = _made()
 Asked = Annotated[Wishes, Query()]
 
 
@@ -85,42 +93,12 @@ class Cloud:
         model = _load(tracking_uri, version)
         self._runtime, self._preprocessing = CloudRuntime(model), model.preprocessing
 
-    async def classify(self, request: CloudRequest) -> CloudAnswer:
-        """Answers for N samples."""
-        reading = await asyncio.to_thread(lambda: self._runtime.run(request.pixels(self._preprocessing)))
+    async def classify(self, request: CloudRequest, traceparent: str | None = None) -> CloudAnswer:
+        """Answers for N samples, below the span of the request that the first traced one is of."""
+        with cloud_pass(traceparent):
+            reading = await asyncio.to_thread(lambda: self._runtime.run(request.pixels(self._preprocessing)))
         sound = np.isfinite(reading.entropy)  # logits that are not finite are no answer, and NaN says so
         return CloudAnswer(reading.pred.tolist(), np.where(sound, reading.confidence, np.nan).tolist())
-
-
-@serve.deployment(name="board", max_ongoing_requests=1024)
-class SharedBoard:
-    """What all edge replicas have counted."""
-
-    def __init__(self) -> None:
-        self._board = Board()
-
-    async def report(self, report: Report) -> None:
-        """Take a replica's counts."""
-        self._board.report(report)
-
-    async def view(self, report: Report) -> View:
-        """Take them, and give what all have."""
-        self._board.report(report)
-        return self._board.view()
-
-
-class _Link:
-    """The shared board, as a replica reaches it."""
-
-    def __init__(self, board: DeploymentHandle[Any]) -> None:
-        self._board = board
-
-    async def report(self, report: Report) -> None:
-        await self._board.report.remote(report)
-
-    async def view(self, report: Report) -> View:
-        view: View = await self._board.view.remote(report)
-        return view
 
 
 @serve.deployment(name="edge", max_ongoing_requests=128, max_queued_requests=512)
@@ -130,57 +108,25 @@ class Edge:
 
     def __init__(self, args: AppArgs, version: int, cloud: DeploymentHandle[Any], board: DeploymentHandle[Any]) -> None:
         async def ask_cloud(request: CloudRequest) -> CloudAnswer:
-            answer: CloudAnswer = await cloud.classify.remote(request)
+            answer: CloudAnswer = await cloud.classify.remote(request, TRACEPARENT.get())
             return answer
 
-        replica, tally = serve.get_replica_context().replica_id.unique_id, Tally()
-        events.set_up(replica, access=args.access_log)
+        tally = Tally()
         served = Served.of(_load(args.tracking_uri, version), version)
         self._service = EdgeService(served, ask_cloud, observer=tally)
-        tracing = traces.of_process("meanet-edge")
-        self._sight = Sight(replica, self._service, tally, events.Events(), link=_Link(board), tracing=tracing)
-        self._reporting = asyncio.get_running_loop().create_task(self._sight.run())
+        self.sight = sight_api.started(self._service, tally, board, access_log=args.access_log)
 
     @api.post("/v1/classify", openapi_extra=ONE_IMAGE)
     async def classify(self, request: Request, wishes: Asked) -> Answer:
         """Classify one image: PNG or JPEG bytes in the body."""
         body = await read_body(request, MAX_IMAGE_BYTES)
-        return (await self._answer([body], wishes))[0]
+        return (await self.answers([body], wishes))[0]
 
     @api.post("/v1/classify/batch", openapi_extra=MANY_IMAGES)
     async def classify_batch(self, request: Request, wishes: Asked) -> BatchAnswer:
         """Classify many images in one request: multipart files, or an Arrow IPC stream with a column `image`."""
         images = await read_images(request)
-        return BatchAnswer(answers=await self._answer(images, wishes))
-
-    # Sight
-
-    @api.get("/", include_in_schema=False)
-    async def page(self) -> Response:
-        """The operator's page."""
-        return self._sight.page()
-
-    @api.get("/metrics", include_in_schema=False)
-    async def metrics(self, request: Request) -> Response:
-        """Prometheus metrics of all edge replicas."""
-        return await self._sight.metrics(request.headers.get("accept", ""))
-
-    @api.get("/v1/status")
-    async def status(self) -> Response:
-        """What all edge replicas did in the last minute and how they stand."""
-        return await self._sight.status()
-
-    @api.get("/v1/front")
-    async def front(self) -> Response:
-        """The points about the operating point, and the policy in force."""
-        return self._sight.front()
-
-    @api.post("/v1/explain", openapi_extra=ONE_IMAGE)
-    async def explain(self, request: Request, wishes: Asked) -> Response:
-        """Classify one image as /v1/classify does, and say why it was answered so."""
-        body = await read_body(request, MAX_IMAGE_BYTES)
-        (answer,) = await self._answer([body], wishes)
-        return await self._sight.explain(body, wishes, answer)
+        return BatchAnswer(answers=await self.answers(images, wishes))
 
     # The Open Inference Protocol v2
 
@@ -232,7 +178,7 @@ class Edge:
             raise HTTPException(400, str(error)) from error
         images = asked.pixels if asked.encoded is None else asked.encoded
         assert images is not None, "a request has one or the other"
-        answers = await self._answer(images, wishes)
+        answers = await self.answers(images, wishes)
         written = v2.respond(asked, answers, MODEL, self._service.served.version)
         return Response(written.body, headers=written.headers)
 
@@ -253,7 +199,7 @@ class Edge:
         """Classify as `mlflow models serve` would: images in base64, as a frame or as inputs."""
         body = await read_body(request, MAX_BATCH_BYTES)
         images = invocations.read(body, request.headers.get("content-type", ""), MAX_BATCH_IMAGES)
-        answers = await self._answer(images, Wishes())
+        answers = await self.answers(images, Wishes())
         return {"predictions": [answer.model_dump(include=set(invocations.COLUMNS)) for answer in answers]}
 
     @api.get("/v1/model")
@@ -276,7 +222,8 @@ class Edge:
         """The replica is up and has loaded its model."""
         return Health(status="ok", model_version=self._service.served.version)
 
-    async def _answer(self, images: list[bytes] | Images, wishes: Wishes) -> list[Answer]:
+    async def answers(self, images: list[bytes] | Images, wishes: Wishes) -> list[Answer]:
+        """The answers to bodies or pixels under a request's wishes; refusals are HTTP's."""
         deadline = None if wishes.deadline_ms is None else wishes.deadline_ms / 1000
         try:
             served = self._service.served
@@ -290,7 +237,7 @@ class Edge:
         except OverloadedError as error:
             headers = {"Retry-After": str(math.ceil(error.retry_after_s))}
             raise HTTPException(503, f"overloaded: {error}; try again later", headers) from error
-        self._sight.answered(answers)
+        answered(answers)
         return answers
 
 
@@ -301,9 +248,7 @@ def app(args: AppArgs) -> serve.Application:
     options = {"num_cpus": args.num_cpus, "runtime_env": environment}
     cloud_deployment: Any = Cloud  # what the decorators make of the classes
     edge_deployment: Any = Edge
-    board_deployment: Any = SharedBoard
     cloud = cloud_deployment.options(num_replicas=args.cloud_replicas, ray_actor_options=options)
     edge = edge_deployment.options(num_replicas=args.edge_replicas, ray_actor_options=options)
-    board = board_deployment.options(num_replicas=1, ray_actor_options={"num_cpus": 0, "runtime_env": environment})
-    graph: serve.Application = edge.bind(args, version, cloud.bind(args.tracking_uri, version), board.bind())
+    graph: serve.Application = edge.bind(args, version, cloud.bind(args.tracking_uri, version), sight_api.board())
     return graph

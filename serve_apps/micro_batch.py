@@ -4,7 +4,7 @@ import asyncio
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from meanet.runtime import Answers, Images, Pending
 from serve_apps.http import EXIT_NAMES, Answer, AppliedPolicy, Joules, Milliseconds
 from serve_apps.observer import Observer
 from serve_apps.served import Served
+from serve_apps.traces import TRACEPARENT
 
 
 @dataclass
@@ -33,6 +34,8 @@ class Task:
     answer: "asyncio.Future[Answer]"
     bytes_sent: int = 0
     """What went to the cloud for it."""
+    traceparent: str | None = field(default_factory=TRACEPARENT.get)
+    """Of its request, where that is traced."""
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,13 @@ from serve_apps.http import Answer, Wishes
 from serve_apps.page import page
 from serve_apps.status import status
 from serve_apps.tally import Tally
-from serve_apps.traces import Tracing
 
 REPORT_S = 0.5
 """How often a replica reports."""
 _PATIENCE_S = 0.5
 """How long the board is waited for."""
+MOVING = "moved by budget"
+"""In place of a policy's id."""
 
 
 class Link(Protocol):
@@ -47,8 +48,8 @@ class Sight:
         events: Events,
         *,
         link: Link | None = None,
-        tracing: Tracing | None = None,
         gauges: Callable[[], dict[str, float]] = dict,
+        moving: Callable[[], bool] = lambda: False,
     ) -> None:
         """Watch a service.
 
@@ -58,11 +59,13 @@ class Sight:
             tally: the service's observer.
             events: where lines go.
             link: the board of all replicas; None = there is only this one.
-            tracing: where spans go; None = nowhere.
             gauges: further figures by name, asked for at each report.
+            moving: whether a budget moves the threshold: each of its values has an id of its own, too many to name.
         """
         self._replica, self._service, self._tally, self._events = replica, service, tally, events
-        self._link, self._tracing, self._gauges = link, tracing, gauges
+        self._link, self._gauges, self._moving = link, gauges, moving
+        self.reporting: asyncio.Task[None] | None = None
+        """Kept here by whoever starts `run`, so that it is not collected."""
         self._own = Board()
         self._explaining = asyncio.Semaphore(1)  # it computes beside the service: one at a time
         self._in_force = self._policy()
@@ -71,7 +74,8 @@ class Sight:
     def report(self) -> Report:
         """How this replica stands."""
         version, policy = self._policy()
-        described = {"id": policy_id(policy), "gate": policy.gate, "thresholds": list(policy.thresholds)}
+        name = MOVING if self._moving() else policy_id(policy)
+        described = {"id": name, "gate": policy.gate, "thresholds": list(policy.thresholds)}
         state = ReplicaState(self._service.breaker.state, version, described, self._gauges())
         return Report(self._replica, self._tally.so_far(), state)
 
@@ -84,14 +88,6 @@ class Sight:
             if self._link is not None:
                 await self._ask(self._link.report(report))
             await asyncio.sleep(REPORT_S)
-
-    def answered(self, answers: list[Answer]) -> None:
-        """Note answers in their request's own context: a line of those that had to do without the cloud, and spans."""
-        for answer in answers:
-            if answer.degraded:
-                self._events.limited(logging.WARNING, "degraded", reason=answer.reason, exit=answer.exit)
-        if self._tracing is not None:
-            self._tracing.answered(answers)
 
     async def metrics(self, accept: str = "") -> Response:
         """`GET /metrics`: 503 while the board cannot be had, for one replica's counts would look like a reset."""
@@ -119,6 +115,7 @@ class Sight:
             {
                 "version": version,
                 "policy": {"id": policy_id(policy), **policy.to_dict()},
+                "moving": self._moving(),
                 "operating_point": {name: point.get(name) for name in ("id", "thresholds", "split", "expected")},
                 "along": along,
                 "front": tradeoff.get("front", []),
@@ -143,8 +140,8 @@ class Sight:
 
     def _say_changes(self) -> None:
         now, before = self._policy(), self._in_force
-        if now != before:
-            self._in_force = now
+        self._in_force = now
+        if now != before and not (self._moving() and now[0] == before[0]):
             said = {
                 name: {"version": version, "policy": policy_id(policy), "thresholds": list(policy.thresholds)[:2]}
                 for name, (version, policy) in (("before", before), ("now", now))

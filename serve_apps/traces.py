@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 _PACKAGE = "opentelemetry-exporter-otlp-proto-http"
 TRACEPARENT: ContextVar[str | None] = ContextVar("traceparent", default=None)
-"""Of the request at hand, where it is traced: what goes up to the cloud with its images."""
+"""Of the request or the cloud call at hand, where it is traced: goes up to the cloud with the images."""
 _MAX_SPANS = 16
 """Of a batch, so many images have spans of their own."""
 
@@ -101,14 +101,17 @@ class Tracing:
                 cloud.end(now)
 
     @contextlib.contextmanager
-    def cloud_pass(self, traceparent: str | None, images: int) -> Iterator[None]:
+    def cloud_pass(self, traceparent: str) -> Iterator[None]:
         """The span of the cloud's network over a micro-batch, below the request that named itself."""
-        if traceparent is None:
-            yield
-            return
         parent = self._propagator.extract({"traceparent": traceparent})
-        with self._tracer.start_as_current_span("cloud pass", context=parent, attributes={"meanet.images": images}):
+        with self._tracer.start_as_current_span("cloud pass", context=parent):
             yield
+
+
+def cloud_pass(traceparent: str | None) -> contextlib.AbstractContextManager[None]:
+    """The span of this process's cloud pass, where the request is traced and this process traces."""
+    tracing = None if traceparent is None else of_process("meanet-cloud")
+    return contextlib.nullcontext() if tracing is None or traceparent is None else tracing.cloud_pass(traceparent)
 
 
 @cache

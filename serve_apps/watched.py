@@ -7,14 +7,18 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_apps.events import REQUEST_ID, Events
+from serve_apps.http import Answer
 from serve_apps.traces import Tracing
 
 HEADER = b"x-request-id"
+_WATCH: ContextVar["Watched | None"] = ContextVar("watch", default=None)
+"""Of the request at hand."""
 _SOUND = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
@@ -24,6 +28,13 @@ def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> tuple[str, bool]:
         if name == HEADER and _SOUND.fullmatch(value):
             return value.decode("ascii"), True
     return os.urandom(16).hex(), False
+
+
+def answered(answers: Sequence[Answer]) -> None:
+    """Note the answers of the request at hand, if it is watched; to be called before they go out."""
+    watch = _WATCH.get()
+    if watch is not None:
+        watch.note(answers)
 
 
 class Watched:
@@ -49,6 +60,7 @@ class Watched:
             return
         request_id, given = request_id_of(scope["headers"])
         REQUEST_ID.set(request_id)
+        _WATCH.set(self)
         started, status = time.perf_counter(), 0
         handed_back = [] if given and not self._echo else [(HEADER, request_id.encode())]
 
@@ -72,6 +84,14 @@ class Watched:
         finally:
             if status >= 400 or self._events.of_access:
                 self._note(scope, status, time.perf_counter() - started)
+
+    def note(self, answers: Sequence[Answer]) -> None:
+        """A line of those that had to do without the cloud, and spans of what they went through."""
+        for answer in answers:
+            if answer.degraded:
+                self._events.limited(logging.WARNING, "degraded", reason=answer.reason, exit=answer.exit)
+        if self._tracing is not None:
+            self._tracing.answered(answers)
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         fields = {"method": scope["method"], "path": scope["path"], "status": status, "ms": round(1000 * seconds, 3)}

@@ -156,6 +156,19 @@ def test_a_change_of_policy_leaves_a_line(client: httpx.Client, app: WatchedApp,
     assert client.get("/v1/front").json()["along"] == [], "they are another gate's"
 
 
+def test_a_threshold_that_a_budget_moves_is_no_flood_of_names(client: httpx.Client, app: WatchedApp) -> None:
+    app.moving = True
+    served, seen = app.service.served, set()
+    for step in range(8):
+        app.service.serve(served.with_policy(served.policy.with_request(threshold=0.1 + step / 100)))
+        text = client.get("/metrics").text
+        seen |= {name for name in samples(text) if "threshold" in name or "info" in name}
+        asyncio.run(asyncio.sleep(0.1))
+    assert len(seen) == 2
+    assert samples(text)[f"meanet_threshold {served.policy.gate} 0 3"] == pytest.approx(0.17)
+    assert not [line for line in lines(app) if line["event"] == "policy changed"]
+
+
 class Lost:
     """A board that hangs."""
 
@@ -214,7 +227,7 @@ def test_the_front_holds_the_point_in_force_and_figures_that_replay(
     assert 2 <= len(front["along"]) <= 37
     assert 2 <= len(front["front"]) <= 24
     shares = [point["cloud_share"] for point in front["along"]]
-    assert shares == sorted(shares, reverse=True)
+    assert shares == sorted(shares)
     assert model.operating_point["thresholds"] in [point["thresholds"] for point in front["along"]]
     for point in front["along"][::6]:
         policy = Policy.from_dict(model.operating_point | {"thresholds": point["thresholds"]})
@@ -271,6 +284,7 @@ def test_traces_hold_the_requests_way_below_the_clients_own(model: TrainedModel,
     assert request.attributes is not None
     assert request.attributes["meanet.request_id"] == "seven"
     assert request.attributes["http.response.status_code"] == 200
+    assert app.cloud.traceparents == [f"00-{trace}-{request.context.span_id:016x}-01"]
     for name in ("edge pass", "cloud call"):
         span = mine[name]
         assert span.parent is not None
@@ -286,7 +300,7 @@ def test_traces_hold_the_requests_way_below_the_clients_own(model: TrainedModel,
 def test_the_clouds_pass_is_below_the_request_that_sent_it() -> None:
     exporter = InMemorySpanExporter()
     tracing = Tracing(exporter, "cloud", at_once=True)
-    with tracing.cloud_pass("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", 4), tracing.cloud_pass(None, 1):
+    with tracing.cloud_pass("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"), traces.cloud_pass(None):
         pass
     (span,) = exporter.get_finished_spans()
     assert span.parent is not None

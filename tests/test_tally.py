@@ -205,7 +205,7 @@ def test_openmetrics_is_spoken_where_it_is_asked_for() -> None:
 def test_a_threshold_a_class_is_not_a_series_a_class() -> None:
     policy = {"id": "abc", "gate": "per_class", "thresholds": [0.1] * 1000}
     assert "meanet_threshold{" not in exposed(ReplicaState("closed", 3, policy))
-    assert 'meanet_threshold{index="0",policy="abc"} +Inf' in exposed(state(threshold=None))
+    assert 'meanet_threshold{gate="margin",index="0",version="3"} +Inf' in exposed(state(threshold=None))
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool on this machine (apt-get install prometheus)")

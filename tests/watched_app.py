@@ -6,7 +6,7 @@ import io
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import uvicorn
 from starlette.applications import Starlette
@@ -26,8 +26,8 @@ from serve_apps.served import Served
 from serve_apps.settings import Settings
 from serve_apps.sight import Link, Sight
 from serve_apps.tally import Tally
-from serve_apps.traces import Tracing
-from serve_apps.watched import Watched
+from serve_apps.traces import TRACEPARENT, Tracing
+from serve_apps.watched import Watched, answered
 
 TOKEN = "let-me-in"
 
@@ -38,8 +38,11 @@ class Cloud:
 
     model: TrainedModel
     well: bool = True
+    traceparents: list[str | None] = field(default_factory=list)
+    """What came up with each call."""
 
     async def ask(self, request: CloudRequest) -> CloudAnswer:
+        self.traceparents.append(TRACEPARENT.get())
         if not self.well:
             raise ConnectionError("no cloud")
         reading = CloudRuntime(self.model).run(request.pixels(self.model.preprocessing))
@@ -57,7 +60,7 @@ class WatchedApp:
         self.cloud, self.tally = Cloud(model), Tally()
         settings = Settings(breaker_open_s=60)
         self.service = EdgeService(Served.of(model, 3), self.cloud.ask, settings, observer=self.tally)
-        self._link, self._tracing = link, tracing
+        self._link, self.moving = link, False
         self.sight: Sight
         routes = [
             Route("/", self._page),
@@ -74,7 +77,7 @@ class WatchedApp:
     @contextlib.asynccontextmanager
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
         self.sight = Sight(
-            "replica-1", self.service, self.tally, events.Events(), link=self._link, tracing=self._tracing
+            "replica-1", self.service, self.tally, events.Events(), link=self._link, moving=lambda: self.moving
         )
         running = asyncio.create_task(self.sight.run())
         yield
@@ -106,7 +109,7 @@ class WatchedApp:
         served = self.service.served
         policy = served.policy.with_request(edge_only=wishes.edge_only, threshold=wishes.threshold)
         answers = await self.service.answer([body], policy, None, served)
-        self.sight.answered(answers)
+        answered(answers)
         return body, wishes, answers[0]
 
     async def _classify(self, request: Request) -> Response:

@@ -39,7 +39,7 @@ def tradeoff(
         row_of: a point as a dict.
 
     Returns:
-        `along`: the operating point's gate and split under other thresholds, from the cloud's end to the edge's, the
+        `along`: the operating point's gate and split under other thresholds, from the edge's end to the cloud's, the
         point itself among them; `front`: what nothing beats in accuracy and joules, cheapest first.
     """
     along, best = _along(exits, costs, policy, front), pareto_front(front)
@@ -54,11 +54,11 @@ def _along(exits: Exits, costs: CostModel, policy: Policy, front: Points) -> Poi
     size = len(policy.hard_classes)
     if policy.gate in MEASURES:
         every = every_point(recorded, policy.gate, size)
-        every = every.take(np.lexsort((every.threshold, -every.cloud_share)))
+        every = every.take(np.lexsort((-every.threshold, every.cloud_share)))
     else:  # of two thresholds, those pairs that are on the gate's own front
         same = (front.gate == GATES.index(policy.gate)) & (front.num_hard_classes == size)
         every = front.take(same & (front.scaled == recorded.scaled))
-        every = every.take(np.argsort(-every.cloud_share, kind="stable"))
+        every = every.take(np.argsort(every.cloud_share, kind="stable"))
     own = np.inf if policy.thresholds[0] is None else policy.thresholds[0]
     itself = np.flatnonzero(every.threshold == own)
     return every.take(np.union1d(spread(np.arange(len(every)), ALONG), itself[:1]))
