@@ -43,7 +43,7 @@ from serve_apps.http import (
 )
 from serve_apps.served import Served
 from serve_apps.tally import Tally
-from serve_apps.traces import TRACEPARENT, cloud_pass
+from serve_apps.traces import cloud_pass, traceparent
 from serve_apps.watched import Watched, answered
 
 
@@ -93,9 +93,9 @@ class Cloud:
         model = _load(tracking_uri, version)
         self._runtime, self._preprocessing = CloudRuntime(model), model.preprocessing
 
-    async def classify(self, request: CloudRequest, traceparent: str | None = None) -> CloudAnswer:
+    async def classify(self, request: CloudRequest, parent: str | None = None) -> CloudAnswer:
         """Answers for N samples, below the span of the request that the first traced one is of."""
-        with cloud_pass(traceparent):
+        with cloud_pass(parent):
             reading = await asyncio.to_thread(lambda: self._runtime.run(request.pixels(self._preprocessing)))
         sound = np.isfinite(reading.entropy)  # logits that are not finite are no answer, and NaN says so
         return CloudAnswer(reading.pred.tolist(), np.where(sound, reading.confidence, np.nan).tolist())
@@ -108,7 +108,7 @@ class Edge:
 
     def __init__(self, args: AppArgs, version: int, cloud: DeploymentHandle[Any], board: DeploymentHandle[Any]) -> None:
         async def ask_cloud(request: CloudRequest) -> CloudAnswer:
-            answer: CloudAnswer = await cloud.classify.remote(request, TRACEPARENT.get())
+            answer: CloudAnswer = await cloud.classify.remote(request, traceparent())
             return answer
 
         tally = Tally()

@@ -33,6 +33,11 @@ _MAX_SPANS = 16
 """Of a batch, so many images have spans of their own."""
 
 
+def traceparent() -> str | None:
+    """`TRACEPARENT` here."""
+    return TRACEPARENT.get()
+
+
 class Tracing:
     """Makes the spans of a replica."""
 
