@@ -13,7 +13,7 @@ READY  := $(VENV)/.installed-$(PINS)-$(HERE)
 RUN    := $(VENV)/bin/python
 PIP    := --quiet --disable-pip-version-check
 
-.PHONY: demo test check lint types serve mlflow bench clean pins
+.PHONY: demo test check lint types serve mlflow bench picture clean pins
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -50,6 +50,10 @@ mlflow: $(READY)
 
 bench: $(READY)
 	$(RUN) -m benchmarks.digits_seeds $(ARGS)
+
+# The operator's page as the docs show it; needs chromium.
+picture: $(READY)
+	MEANET_PICTURE=docs/operator.png $(RUN) -m pytest tests/test_operator_page.py -k picture $(ARGS)
 
 pins:
 	@echo $(PINS)

@@ -61,6 +61,8 @@ class Flags:
     """Of a local cluster: HAProxy, or Ray Serve's own proxy, which costs several times as much a request."""
     open_writes: bool = False
     """On a loopback host, let anybody change policy, settings and version; else the token in MEANET_TOKEN is wanted."""
+    access_log: bool = False
+    """A line in an edge replica's log for each request."""
     ready_file: Path | None = None
     """Where to write {"url", "version"} once requests are answered."""
 
@@ -165,6 +167,7 @@ def main() -> None:
         cloud_replicas=cloud_replicas,
         open_writes=flags.open_writes,
         engine=flags.engine,
+        access_log=flags.access_log,
     )
     with ingress_of(flags), ray_cluster(os.environ.get("RAY_ADDRESS") or None):
         ready = threading.Event()

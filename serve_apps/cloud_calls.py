@@ -17,6 +17,7 @@ from serve_apps.breaker import Breaker
 from serve_apps.micro_batch import Pass, Task, mask
 from serve_apps.observer import CallOutcome, Observer
 from serve_apps.settings import Settings
+from serve_apps.traces import TRACEPARENT
 
 _PROBE_IMAGES = 8
 
@@ -122,6 +123,7 @@ class CloudCalls:
         """One call for all complex samples of a micro-batch; a sample whose time is up does not wait for it."""
         started, rows = time.monotonic(), batch.pending.rows
         limits = {int(row): self._limit(batch.tasks[row], started) for row in rows}
+        TRACEPARENT.set(next((batch.tasks[row].traceparent for row in rows if batch.tasks[row].traceparent), None))
         call: asyncio.Future[CloudAnswer] | None = None
         try:
             if max(limits.values()) <= started:

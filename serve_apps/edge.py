@@ -18,12 +18,11 @@ from serve_apps.cloud_calls import AskCloud, CloudCalls
 from serve_apps.http import Answer
 from serve_apps.micro_batch import Pass, Task, applied, gathered, mask, pixels_of
 from serve_apps.observer import Observer
+from serve_apps.pace import Pace
 from serve_apps.served import Served
 from serve_apps.settings import Settings
 
 MAX_MICRO_BATCH = 64
-_PACE = 0.2
-"""By how much a micro-batch loses weight in the pace, seconds by images, when another one is over."""
 
 
 class OverloadedError(Exception):
@@ -45,7 +44,7 @@ class EdgeService:
         self._observer = observer or Observer()
         self._cloud = CloudCalls(ask_cloud, self._settings, self._observer)
         self._batcher: Batcher[Task, list[Pass | _Failure]] = Batcher(self._run, self._done, MAX_MICRO_BATCH, "edge")
-        self._seconds = self._images = 0.0
+        self._pace = Pace()
         self.watchers: list[Callable[[Pass], None]] = []
         """Shown each pass of the blocks, before its answers go out; must be quick and must not raise."""
 
@@ -148,7 +147,7 @@ class EdgeService:
         if left_s <= 0:
             raise self._overloaded("the request's time was over before it could be queued", 0.1)
         queued = self._batcher.queued
-        wait = queued * self._seconds / max(1.0, self._images)  # of those ahead; how long its own take is not known
+        wait = self._pace.wait(queued, MAX_MICRO_BATCH)  # of those ahead; how long its own take is not known
         if queued and queued + count > self._settings.max_queued:
             raise self._overloaded(f"{queued} images wait and the limit is {self._settings.max_queued}", wait)
         if wait > left_s:
@@ -175,8 +174,7 @@ class EdgeService:
                     done.append(_Failure([task], error))
             if sound:
                 done.append(self._guarded_pass(sound, images))
-        self._seconds = (1 - _PACE) * self._seconds + time.perf_counter() - started
-        self._images = (1 - _PACE) * self._images + len(tasks)
+        self._pace.record(len(tasks), time.perf_counter() - started)
         return done
 
     def _guarded_pass(self, tasks: list[Task], images: list[Images]) -> "Pass | _Failure":

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from meanet.errors import UserError
 from serve_apps.edge import EdgeService, OverloadedError
 from serve_apps.http import MAX_IMAGE_BYTES, Answer, Wishes, too_large
+from serve_apps.watched import answered
 
 PATH = "/v1/classify"
 _NUMBER = r"\d{1,9}(\.\d{1,9})?"
@@ -39,13 +40,16 @@ async def ask(service: EdgeService, images: Any, wishes: Wishes) -> list[Answer]
         if wishes.edge_only or wishes.threshold is not None:
             policy = policy.with_request(edge_only=wishes.edge_only, threshold=wishes.threshold)
         if isinstance(images, list):
-            return await service.answer(images, policy, deadline, served)
-        return await service.answer_pixels(images, policy, deadline, served)
+            answers = await service.answer(images, policy, deadline, served)
+        else:
+            answers = await service.answer_pixels(images, policy, deadline, served)
     except UserError as error:
         raise HTTPException(422, str(error)) from error
     except OverloadedError as error:
         headers = {"Retry-After": str(math.ceil(error.retry_after_s))}
         raise HTTPException(503, f"overloaded: {error}; try again later", headers) from error
+    answered(answers)
+    return answers
 
 
 class FastPath:

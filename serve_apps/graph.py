@@ -25,7 +25,7 @@ from starlette.middleware import Middleware
 
 from meanet import engines
 from meanet.runtime import Images
-from serve_apps import gate, invocations, live_api, v2
+from serve_apps import events, gate, invocations, live_api, sight_api, v2
 from serve_apps.cloud_calls import CloudAnswer, CloudRequest
 from serve_apps.control import FOLLOW_S, Control
 from serve_apps.edge import EdgeService
@@ -48,6 +48,9 @@ from serve_apps.http import (
 from serve_apps.live import Links, LiveCloud, LiveEdge
 from serve_apps.placement import Pin, Replicas, options
 from serve_apps.settings import Settings
+from serve_apps.tally import Tally
+from serve_apps.traces import cloud_pass, traceparent
+from serve_apps.watched import Watched
 from serve_apps.writes import Writes
 
 
@@ -62,9 +65,14 @@ def _made() -> FastAPI:
     made = FastAPI(
         title="MEANet",
         description="Images in, classes out; each answer says which exit gave it.",
-        middleware=[Middleware(gate.Gate), Middleware(FastPath, service=_service_here)],  # the gate first
+        middleware=[
+            Middleware(Watched, events=events.Events(), tracing=sight_api.tracing, echo=False),  # Serve hands ids back
+            Middleware(gate.Gate),
+            Middleware(FastPath, service=_service_here),
+        ],
     )
-    made.include_router(live_api.router)
+    for part in (live_api, sight_api):  # included as routers they hold a lock, and Serve pickles the app
+        made.router.routes.extend(part.router.routes)
     return made
 
 
@@ -97,6 +105,8 @@ class AppArgs(BaseModel):
     """CPUs a replica reserves; each computes on one thread."""
     open_writes: bool = False
     """Without a token in MEANET_TOKEN, let writes through on loopback."""
+    access_log: bool = False
+    """A line in an edge replica's log for each request."""
 
 
 @serve.deployment(name="cloud", max_ongoing_requests=16, max_queued_requests=256)
@@ -107,9 +117,10 @@ class Cloud:
         self._live = LiveCloud(links)
         await self._live.start()
 
-    async def classify(self, request: CloudRequest) -> CloudAnswer:
-        """Answers for N samples."""
-        return await self._live.classify(request)
+    async def classify(self, request: CloudRequest, parent: str | None = None) -> CloudAnswer:
+        """Answers for N samples, below the span of the request that the first traced one is of."""
+        with cloud_pass(parent):
+            return await self._live.classify(request)
 
 
 @serve.deployment(
@@ -122,13 +133,24 @@ class Cloud:
 class Edge:
     """The edge device: answers what it can, asks the cloud for the rest."""
 
-    async def __init__(self, links: Links, cloud: DeploymentHandle[Any], writes: Writes) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]  # Ray awaits it
+        self, links: Links, cloud: DeploymentHandle[Any], writes: Writes, board: DeploymentHandle[Any], access_log: bool
+    ) -> None:
         async def ask_cloud(request: CloudRequest) -> CloudAnswer:
-            answer: CloudAnswer = await cloud.classify.remote(request)
+            answer: CloudAnswer = await cloud.classify.remote(request, traceparent())
             return answer
 
-        self.live_edge = LiveEdge(links, ask_cloud, writes)
+        tally = Tally()
+        self.live_edge = LiveEdge(links, ask_cloud, writes, tally)
         await self.live_edge.start()
+        self.sight = sight_api.started(
+            self._service,
+            tally,
+            board,
+            access_log=access_log,
+            gauges=self.live_edge.gauges,
+            moving=lambda: self.live_edge.budget_moves,
+        )
 
     @property
     def _service(self) -> EdgeService:
@@ -138,13 +160,13 @@ class Edge:
     async def classify(self, request: Request, wishes: Asked) -> Answer:
         """Classify one image: PNG or JPEG bytes in the body."""
         body = await read_body(request, MAX_IMAGE_BYTES)
-        return (await self._answer([body], wishes))[0]
+        return (await self.answers([body], wishes))[0]
 
     @api.post("/v1/classify/batch", openapi_extra=MANY_IMAGES, response_model=BatchAnswer)
     async def classify_batch(self, request: Request, wishes: Asked) -> Response:
         """Classify many images in one request: multipart files, or an Arrow IPC stream with a column `image`."""
         images = await read_images(request)
-        answers = await self._answer(images, wishes)
+        answers = await self.answers(images, wishes)
         return Response(batch_as_json(answers), media_type="application/json")
 
     # The Open Inference Protocol v2
@@ -197,7 +219,7 @@ class Edge:
             raise HTTPException(400, str(error)) from error
         images = asked.pixels if asked.encoded is None else asked.encoded
         assert images is not None, "a request has one or the other"
-        answers = await self._answer(images, wishes)
+        answers = await self.answers(images, wishes)
         written = v2.respond(asked, answers, MODEL, self._service.served.version)
         return Response(written.body, headers=written.headers)
 
@@ -224,7 +246,7 @@ class Edge:
         """Classify as `mlflow models serve` would: images in base64, as a frame or as inputs."""
         body = await read_body(request, MAX_BATCH_BYTES)
         images = invocations.read(body, request.headers.get("content-type", ""), MAX_BATCH_IMAGES)
-        answers = await self._answer(images, Wishes())
+        answers = await self.answers(images, Wishes())
         return {"predictions": [answer.model_dump(include=set(invocations.COLUMNS)) for answer in answers]}
 
     @api.get("/v1/model")
@@ -247,7 +269,8 @@ class Edge:
         """The replica is up and has loaded its model."""
         return Health(status="ok", model_version=self._service.served.version)
 
-    async def _answer(self, images: list[bytes] | Images, wishes: Wishes) -> list[Answer]:
+    async def answers(self, images: list[bytes] | Images, wishes: Wishes) -> list[Answer]:
+        """The answers to bodies or pixels under a request's wishes; refusals are HTTP's."""
         return await ask(self._service, images, wishes)
 
 
@@ -271,5 +294,5 @@ def app(args: AppArgs) -> serve.Application:
     links = Links(args.tracking_uri, version, args.engine, control)
     cloud = cloud_deployment.options(**options(args.cloud_replicas, "cloud", args.pin, resources, args.num_cpus))
     edge = edge_deployment.options(**options(args.edge_replicas, "edge", args.pin, resources, args.num_cpus))
-    graph: serve.Application = edge.bind(links, cloud.bind(links), writes)
+    graph: serve.Application = edge.bind(links, cloud.bind(links), writes, sight_api.board(), args.access_log)
     return graph

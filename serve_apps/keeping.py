@@ -71,6 +71,17 @@ class Keeping:
         self._base = served
         self._serve()
 
+    @property
+    def budget_moves(self) -> bool:
+        """Whether a budget moves the threshold."""
+        return self._budget.keeper is not None
+
+    def gauges(self) -> dict[str, float]:
+        """Figures by name, for metrics."""
+        audit = self._audit
+        figures = {"audits": float(audit.count), "audit_disagreements": float(audit.disagreed)}
+        return figures | {"audit_drifted": float(audit.drifted), "budget_active": float(self.budget_moves)}
+
     def report(self) -> dict[str, Any]:
         """What control is to know."""
         audit = self._audit

@@ -90,6 +90,15 @@ class LiveEdge:
             served = served.with_policy(orders.policy.applied_to(served.model))
         (self._keeping or self._serve_first(served)).apply(served, orders.settings)
 
+    @property
+    def budget_moves(self) -> bool:
+        """Whether a budget moves the threshold."""
+        return self._keeping is not None and self._keeping.budget_moves
+
+    def gauges(self) -> dict[str, float]:
+        """Figures of budget and audit by name, for metrics."""
+        return {} if self._keeping is None else self._keeping.gauges()
+
     def _report(self) -> dict[str, Any]:
         if self._service is None or self._keeping is None:
             return {}

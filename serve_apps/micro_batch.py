@@ -4,7 +4,7 @@ import asyncio
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from meanet.runtime import Answers, Images, Pending
 from serve_apps.http import EXIT_NAMES, Answer, AppliedPolicy, Joules, Milliseconds, ServedBy
 from serve_apps.observer import Observer
 from serve_apps.served import Served
+from serve_apps.traces import TRACEPARENT
 
 
 @dataclass
@@ -37,6 +38,8 @@ class Task:
     """What went to the cloud for it."""
     cloud_node: str | None = None
     """Where it was answered."""
+    traceparent: str | None = field(default_factory=TRACEPARENT.get)
+    """Of its request, where that is traced."""
 
 
 @dataclass(frozen=True)

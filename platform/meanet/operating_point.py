@@ -17,8 +17,9 @@ from meanet.errors import UserError
 from meanet.evaluation import ExitsTable
 from meanet.fronts import choose, pareto_front, pareto_set
 from meanet.replay import Exits, Outcome, Replayer, replay
-from meanet.routing import GATES, MEASURES, Bools, Floats, Ints, Policy, policy_id
+from meanet.routing import GATES, MEASURES, Bools, Floats, Policy, policy_id
 from meanet.thresholds import Points, check_sizes, sweep_gate
+from meanet.tradeoff import spread, tradeoff
 from meanet.two_gate import sweep_two_gates
 
 
@@ -119,7 +120,7 @@ class Search:
             per_front: so many points of each front at most, evenly spread; None = all.
         """
         front = self.front.take(
-            np.concatenate([_spread(np.flatnonzero(rows), per_front) for *_, rows in kinds(self.front)])
+            np.concatenate([spread(np.flatnonzero(rows), per_front) for *_, rows in kinds(self.front)])
         )
         policies = [self.policy(front, row, table) for row in range(len(front))]
         chosen, costs = Policy.from_dict(self.chosen), table.costs
@@ -180,13 +181,6 @@ class Search:
         return policy_of(points, row, table.hard_classes, self.temperatures)
 
 
-def _spread(rows: Ints, count: int | None) -> Ints:
-    """So many of these at most, the first and the last among them."""
-    if count is None or len(rows) <= count:
-        return rows
-    return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
-
-
 def _row(points: Points, row: int, policy: Policy) -> dict[str, Any]:
     return {
         "gate": policy.gate,
@@ -233,7 +227,13 @@ def search(
     seconds = time.perf_counter() - started
     policy = policy_of(chosen, 0, table.hard_classes, swept.temperatures)
     described = describe(policy, replay(validation, costs, policy), constraint, table.energy, run)
-    return Search(swept.compared, seconds, Points.join(fronts), pareto, swept.temperatures, described)
+    front = Points.join(fronts)
+
+    def row_of(points: Points, row: int) -> dict[str, Any]:
+        return _row(points, row, policy_of(points, row, table.hard_classes, swept.temperatures))
+
+    described["tradeoff"] = tradeoff(validation, costs, policy, front, row_of)
+    return Search(swept.compared, seconds, front, pareto, swept.temperatures, described)
 
 
 def kinds(points: Points) -> Iterator[tuple[Gate, bool, Bools]]:

@@ -266,17 +266,17 @@ def is_hard(main: Reading, policy: Policy) -> Bools:
     return found
 
 
-def _limits(main: Reading, hard: Bools, policy: Policy) -> Floats:
+def limits(main: Reading, hard: Bools, policy: Policy) -> Floats:
     """(N,) the threshold that holds for each sample, (1,) where one holds for all; infinite = never to the cloud."""
-    limits = policy.limits
+    values = policy.limits
     if policy.gate == "per_class":
-        limits = limits[main.pred]
+        values = values[main.pred]
     elif policy.gate == "two_gate":
-        limits = limits[hard.astype(np.int64)]
-    return limits
+        values = values[hard.astype(np.int64)]
+    return values
 
 
-def _waits(policy: Policy) -> bool:
+def waits(policy: Policy) -> bool:
     """Whether samples of hard classes are judged only by the answer that the edge accepts."""
     return policy.measures[-1] == "accepted_entropy"
 
@@ -287,20 +287,20 @@ def first_exit(main: Reading, policy: Policy) -> Ints:
     Where the accepted answer's entropy decides, samples of hard classes run the extension block first: `still_complex`.
     """
     hard = is_hard(main, policy)
-    limits = _limits(main, hard, policy)
-    leaves = complexity(main, policy.measures[0]) > limits
+    own = limits(main, hard, policy)
+    leaves = complexity(main, policy.measures[0]) > own
     if policy.gate == "two_gate":
-        leaves = np.where(hard, complexity(main, policy.measures[1]) > limits, leaves)
-    if _waits(policy):  # but for those of which the main exit says nothing
-        leaves = np.where(hard, np.isinf(main.entropy) & np.isfinite(limits), leaves)
+        leaves = np.where(hard, complexity(main, policy.measures[1]) > own, leaves)
+    if waits(policy):  # but for those of which the main exit says nothing
+        leaves = np.where(hard, np.isinf(main.entropy) & np.isfinite(own), leaves)
     return np.where(leaves, _CLOUD, np.where(hard, _EXTENSION, _MAIN))
 
 
 def still_complex(main: Reading, settled: Reading, policy: Policy) -> Bools:
     """(N,) of samples whose extension block ran: whether the accepted answer sends them to the cloud all the same."""
-    if not _waits(policy):
+    if not waits(policy):
         return np.zeros(len(main.pred), dtype=bool)
-    return complexity(settled, "accepted_entropy") > _limits(main, np.ones(len(main.pred), dtype=bool), policy)
+    return complexity(settled, "accepted_entropy") > limits(main, np.ones(len(main.pred), dtype=bool), policy)
 
 
 def settle(main: Reading, extension: Reading) -> Reading:
