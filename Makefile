@@ -13,7 +13,7 @@ READY  := $(VENV)/.installed-$(PINS)-$(HERE)
 RUN    := $(VENV)/bin/python
 PIP    := --quiet --disable-pip-version-check
 
-.PHONY: demo test check lint types serve mlflow bench clean pins
+.PHONY: demo test check lint types serve mlflow bench image-steps clean pins
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -48,6 +48,10 @@ mlflow: $(READY)
 
 bench: $(READY)
 	$(RUN) -m benchmarks.digits_seeds $(ARGS)
+
+# The Dockerfile's steps where no Docker engine runs; as root, with debootstrap: docs/deployment.md.
+image-steps: $(READY)
+	$(RUN) docker/steps.py $(ARGS)
 
 pins:
 	@echo $(PINS)
