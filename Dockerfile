@@ -1,4 +1,4 @@
-# One image for head, worker, job and server (docker/entrypoint.sh says how); docs/deployment.md.
+# One image for head, worker, job and server (container/entrypoint.sh says how); docs/deployment.md.
 #   docker build -t meanet .
 #   docker build -t meanet:cuda --build-arg TORCH=cuda .
 #   docker run --rm --shm-size=1g meanet job demo digits
@@ -49,7 +49,7 @@ COPY --from=wheel /src/requirements.txt ./
 RUN pip install -c constraints.txt -r requirements.txt && pip check
 COPY --from=wheel /wheels /wheels
 RUN pip install --no-deps --no-index /wheels/*.whl && mkdir outputs && chown meanet:meanet outputs
-COPY --chmod=755 docker/entrypoint.sh /usr/local/bin/meanet
+COPY --chmod=755 container/entrypoint.sh /usr/local/bin/meanet
 
 # Token authentication is never off; the token itself comes at run time, by file or by the cluster's secret.
 # Serve's fast ingress must be chosen before Ray starts, on every node.

@@ -51,7 +51,7 @@ bench: $(READY)
 
 # The Dockerfile's steps where no Docker engine runs; as root, with debootstrap: docs/deployment.md.
 image-steps: $(READY)
-	$(RUN) docker/steps.py $(ARGS)
+	$(RUN) container/steps.py $(ARGS)
 
 pins:
 	@echo $(PINS)

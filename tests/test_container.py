@@ -13,7 +13,7 @@ from docker.utils.build import exclude_paths
 from dockerfile_parse import DockerfileParser
 
 DOCKERFILE = ROOT / "Dockerfile"
-ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"
+ENTRYPOINT = ROOT / "container" / "entrypoint.sh"
 
 
 def hadolint(path: Path) -> "subprocess.CompletedProcess[str]":
@@ -59,7 +59,7 @@ def test_the_image_is_not_root_and_can_be_asked_for_its_health(steps: list[dict[
     assert values(steps, "USER") == ["1000:1000"]
     assert values(steps, "HEALTHCHECK")[0].endswith('CMD ["meanet", "health"]')
     assert values(steps, "ENTRYPOINT") == ['["meanet"]']
-    assert any(value.endswith("docker/entrypoint.sh /usr/local/bin/meanet") for value in values(steps, "COPY"))
+    assert any(value.endswith("container/entrypoint.sh /usr/local/bin/meanet") for value in values(steps, "COPY"))
 
 
 def test_the_environment_has_token_authentication_and_no_secret(steps: list[dict[str, Any]]) -> None:
@@ -75,10 +75,10 @@ def test_the_context_is_the_code_and_its_pins_alone() -> None:
     files = {name for name in sent if (ROOT / name).is_file()}
     tops = {name.partition("/")[0] for name in files}
     assert tops - {"Dockerfile", ".dockerignore"} == {
-        *("platform", "jobs", "serve_apps", "tune_spaces", "docker"),
+        *("platform", "jobs", "serve_apps", "tune_spaces", "container"),
         *("constraints.txt", "pyproject.toml", "README.md", "LICENSE"),
     }
-    assert {name for name in files if name.startswith("docker")} == {"docker/entrypoint.sh"}
+    assert {name for name in files if name.startswith("container")} == {"container/entrypoint.sh"}
     assert not [name for name in files if "__pycache__" in name or "kuberay" in name]
 
 
@@ -241,5 +241,5 @@ def test_another_torch_is_refused(steps: list[dict[str, Any]], container: Contai
 
 
 def test_the_entrypoint_is_executable_and_plain_shell() -> None:
-    assert "COPY --chmod=755 docker/entrypoint.sh" in DOCKERFILE.read_text()
+    assert "COPY --chmod=755 container/entrypoint.sh" in DOCKERFILE.read_text()
     assert subprocess.run(["/bin/sh", "-n", str(ENTRYPOINT)], check=False).returncode == 0

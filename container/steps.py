@@ -1,6 +1,6 @@
 """The Dockerfile's steps in a clean environment, where no Docker engine runs: `make image-steps`.
 
-    python docker/steps.py --build-arg TORCH=cuda
+    python container/steps.py --build-arg TORCH=cuda
 
 Each stage is a root folder of its own: Debian's minimal system by debootstrap, with this interpreter's Python in
 /usr/local, in place of the base image. RUN, COPY, ENV, ARG, WORKDIR and USER act on it, each RUN by chroot in
