@@ -150,9 +150,11 @@ def started(place: Place, command: list[str], shown: Mapping[str, Path], log: Pa
         )
 
     def inside(beside: list[str], env: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
+        if process.poll() is not None:
+            raise CannotError(f"{shlex.join(command)} has ended:\n{log.read_text()[-1500:]}")
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        if not children:
-            raise CannotError(f"{command[-1]} has ended:\n{log.read_text()[-1500:]}")
+        if not children:  # not yet forked
+            return subprocess.CompletedProcess(beside, 1, "", "")
         enter = ["nsenter", f"--target={children[0]}", "--mount", "--pid", "--ipc", "--net"]
         words = _chroot(Place(place.root, place.env | dict(env), place.workdir, place.user), beside)
         return subprocess.run([*enter, "--", *words], capture_output=True, text=True, check=False)
