@@ -110,7 +110,7 @@ class Build:
         started = time.monotonic()
         try:
             act(value)
-        except (StepError, subprocess.CalledProcessError, OSError) as error:
+        except (StepError, namespaces.CannotError, subprocess.CalledProcessError, OSError) as error:
             raise StepError(f"line {line}: {instruction} {value[:60]} failed: {error}") from error
         if instruction in ("FROM", "RUN"):
             self.say(f"     {time.monotonic() - started:.0f} s")
@@ -160,7 +160,7 @@ class Build:
 
     def _copy(self, value: str) -> None:
         stage, words = self._stage, value.split()
-        flags = dict(word[2:].split("=") for word in words if word.startswith("--"))
+        flags = dict(word[2:].split("=") if "=" in word else (word[2:], "") for word in words if word.startswith("--"))
         *sources, target = (stage.expand(word) for word in words if not word.startswith("--"))
         if unknown := set(flags) - {"from", "chmod"}:
             raise StepError(f"COPY --{', --'.join(sorted(unknown))} is not known to this script")
