@@ -13,7 +13,7 @@ READY  := $(VENV)/.installed-$(PINS)-$(HERE)
 RUN    := $(VENV)/bin/python
 PIP    := --quiet --disable-pip-version-check
 
-.PHONY: demo test check lint types serve mlflow bench picture clean pins
+.PHONY: demo test check lint types serve mlflow bench picture image-steps clean pins
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -54,6 +54,10 @@ bench: $(READY)
 # The operator's page as the docs show it; needs chromium.
 picture: $(READY)
 	MEANET_PICTURE=docs/operator.png $(RUN) -m pytest tests/test_operator_page.py -k picture $(ARGS)
+
+# The Dockerfile's steps where no Docker engine runs; as root, with debootstrap: docs/deployment.md.
+image-steps: $(READY)
+	$(RUN) container/steps.py $(ARGS)
 
 pins:
 	@echo $(PINS)

@@ -80,7 +80,7 @@ class Keeping:
         """Figures by name, for metrics."""
         audit = self._audit
         figures = {"audits": float(audit.count), "audit_disagreements": float(audit.disagreed)}
-        return figures | {"audit_drifted": float(audit.drifted), "budget_active": float(self.budget_moves)}
+        return figures | {"audit_drifted": float(bool(audit.drifted)), "budget_active": float(self.budget_moves)}
 
     def report(self) -> dict[str, Any]:
         """What control is to know."""
