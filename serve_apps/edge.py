@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from meanet.artifact import TrainedModel
+from meanet.breaker import Breaker
 from meanet.errors import UserError
 from meanet.operating_point import policy_id
 from meanet.preprocessing import transmit
 from meanet.routing import Bools, Exit, Ints, Policy, Reading
 from meanet.runtime import Answers, EdgeRuntime, Images, Pending
 from serve_apps.batching import Batcher
-from serve_apps.breaker import Breaker
 from serve_apps.http import EXIT_NAMES, Answer, AppliedPolicy, Joules, Milliseconds
 from serve_apps.settings import Settings
 
