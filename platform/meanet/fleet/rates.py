@@ -32,7 +32,8 @@ class Curve:
     def draw(self, sources: int, generator: np.random.Generator) -> Floats:
         """Times of all images of so many devices together, in order: Poisson processes add up to one."""
         count = generator.poisson(self.total * sources)
-        return np.interp(np.sort(generator.random(count)) * self._sums[-1], self._sums, self.times)
+        times: Floats = np.interp(np.sort(generator.random(count)) * self._sums[-1], self._sums, self.times)
+        return times
 
     @property
     def total(self) -> float:
