@@ -3,9 +3,9 @@
     python -m benchmarks.fleet compare --url http://127.0.0.1:8000 --exits outputs/demo/exits.parquet
     python -m benchmarks.fleet plot
 
-compare: calibrated at one client, p50 and cloud share are predicted for 2 to 8 and measured. plot: the figure of
-docs/benchmarks/fleet.md, which both write. The server must run on this machine, which must be quiet: processor time of
-a request is read from the whole machine's.
+compare: calibrated at one client, p50 and cloud share are predicted for 2 to 8 and measured; times.json is what
+`jobs.simulate --times` takes. plot: the figure of docs/benchmarks/fleet.md, which both write. The server must run on
+this machine, which must be quiet: processor time of a request is read from the whole machine's.
 """
 
 import asyncio
@@ -322,7 +322,10 @@ def main() -> None:
     )
     FOLDER.mkdir(parents=True, exist_ok=True)
     if isinstance(flags, Compare):
-        write_text(json.dumps(asyncio.run(compare(flags)), indent=1), FOLDER / "compare.json")
+        measured = asyncio.run(compare(flags))
+        write_text(json.dumps(measured, indent=1), FOLDER / "compare.json")
+        times = {part: measured["calibration"][part] for part in ("edge", "cloud")}
+        write_text(json.dumps(times, indent=1), FOLDER / "times.json")
     else:
         found = plot(flags)
         for outcome in found["result"]["outcomes"]:

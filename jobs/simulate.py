@@ -40,7 +40,7 @@ class Flags:
     split: str = "test"
     """Whose images are drawn: test or validation."""
     times: Path | None = None
-    """JSON of measured times, {"edge": {...}, "cloud": {...}}, as benchmarks.fleet writes it; flags below win."""
+    """JSON of measured times, {"edge": {...}, "cloud": {...}}, as benchmarks.fleet compare writes it; flags win."""
     main_ms: float | None = None
     """Main block on the device, an image; by the device's profile, where that has a speed, if not given."""
     extension_ms: float | None = None
@@ -186,7 +186,7 @@ def read_times(path: Path | None) -> dict[str, dict[str, float]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f'--times {path} cannot be read ({error!r}): it takes {{"edge": {{"main_s": ...}}, "cloud": '
-            '{"image_s": ...}}, as `python -m benchmarks.fleet calibrate` writes it'
+            '{"image_s": ...}}, as `python -m benchmarks.fleet compare` writes it'
         ) from error
     for part, kind in (("edge", EdgeTimes), ("cloud", CloudTimes)):
         names = {item.name for item in dataclasses.fields(kind)}

@@ -243,16 +243,16 @@ def test_a_million_devices_are_a_hundred_times_ten_thousand() -> None:
 def test_rates_follow_the_hours_and_the_bursts() -> None:
     hours = (0.0,) * 8 + (3.0,) * 8 + (0.0,) * 8
     day = curve(dataclasses.replace(FLEET, arrivals=Arrivals(rate=2.0, hours=hours), horizon_s=86400.0), 0)
-    assert day.total == pytest.approx(2.0 * 86400)
+    assert day.total == pytest.approx(2.0 * 86400, rel=1e-3)
     assert day.peak == pytest.approx(6.0)
     times = day.draw(3, np.random.default_rng(0))
     assert len(times) == pytest.approx(3 * day.total, rel=0.02)
-    assert times.min() >= 8 * 3600
-    assert times.max() <= 16 * 3600
+    assert times.min() >= 7.5 * 3600
+    assert times.max() <= 16.5 * 3600
     later = curve(
         dataclasses.replace(FLEET, arrivals=Arrivals(rate=2.0, hours=hours), start_hour=15.5, horizon_s=3600.0), 0
     )
-    assert later.total == pytest.approx(6.0 * 1800)
+    assert later.total == pytest.approx(6.0 * 1800, rel=0.01)
     bursts = curve(dataclasses.replace(FLEET, arrivals=BURSTS, horizon_s=86400.0), 1)
     assert bursts.peak == pytest.approx(3.0)
     assert bursts.total > 0.5 * 86400 * 1.5

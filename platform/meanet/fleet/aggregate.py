@@ -6,7 +6,9 @@ whose breaker is open are carried from slot to slot. A slot is an interval of th
 taken as steady, which holds where the cloud's budget is short beside it. From each slot a sample of images is drawn.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -49,6 +51,22 @@ def simulate_aggregated(
             "interval as steady and needs it to be twice the budget at least; take a longer one, or the exact mode"
         )
     return _Slots(fleet, work, seed, pools or Pools(fleet, work, seed)).run(price or Price())
+
+
+T = TypeVar("T")
+
+
+def _agreement(at: Callable[[float], tuple[float, T]]) -> tuple[float, T]:
+    """The probability that brings itself about, by halving: the more of it, the less follows."""
+    found, steady = at(0.0)
+    if found < _NEVER:
+        return found, steady
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        found, steady = at(middle)
+        low, high = (middle, high) if found > middle else (low, middle)
+    return found, steady
 
 
 @dataclass(frozen=True)
@@ -115,22 +133,22 @@ class _Slots:
 
     def settle(self, come: Pool, rate: float, breakers: Floats, replicas: int, seconds: float) -> _Steady:
         """Load, failures and breakers that agree with each other; more failures mean less load."""
+        calls = rate * come.calls_per_image
 
         def at(fails: float) -> tuple[float, _Steady]:
             after = self._pass_breakers(breakers, calls, fails, seconds)
-            law = self._law(come, self._load(calls, float(after[-1])) * self.fleet.edges, replicas)
-            found = self._fails(come, law)
-            return found, _Steady(found, after, law, self._busy(come, law, calls))
+            is_open = float(after[-1])
 
-        calls = rate * come.calls_per_image
-        low, steady = at(0.0)
-        if low < _NEVER:
-            return steady
-        low, high = 0.0, 1.0
-        for _ in range(24):
-            middle = (low + high) / 2
-            found, steady = at(middle)
-            low, high = (middle, high) if found > middle else (low, middle)
+            def with_busy(busy: float) -> tuple[float, Waiting]:
+                made = calls * (1 - is_open) * (1 - busy) + self._probes(calls) * is_open
+                law = self._law(come, made * self.fleet.edges, replicas)
+                return self._busy(come, law, calls * (1 - is_open)), law
+
+            busy, law = _agreement(with_busy)
+            found = self._fails(come, law)
+            return found, _Steady(found, after, law, busy)
+
+        _, steady = _agreement(at)
         return steady
 
     def _pass_breakers(self, breakers: Floats, calls: float, fails: float, seconds: float) -> Floats:
@@ -150,9 +168,6 @@ class _Slots:
     def _probes(self, calls: float) -> float:
         """Probes a second of an edge replica whose breaker is open: the first call after a while."""
         return 1 / (self.fleet.limits.breaker_open_s + 1 / calls) if calls > 0 else 0.0
-
-    def _load(self, calls: float, is_open: float) -> float:
-        return calls * (1 - is_open) + self._probes(calls) * is_open
 
     def _law(self, come: Pool, calls: float, replicas: int) -> Waiting:
         upload = self.work.mean_bytes / self.fleet.link.bytes_per_second + self._fixed_s

@@ -35,7 +35,7 @@ class Arrivals:
     rate: float = 0.1
     """Images a second of a device, on average over the hours and without bursts."""
     hours: tuple[float, ...] = FLAT
-    """How busy each hour of the day is, from midnight on; only their ratios count."""
+    """How busy each hour of the day is in its middle, from midnight on; only their ratios count."""
     bursts_per_day: float = 0.0
     """How often something makes all devices busy at once, at random."""
     burst_factor: float = 5.0

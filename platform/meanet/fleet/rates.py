@@ -8,6 +8,8 @@ from meanet.fleet.model import Arrivals, Fleet
 from meanet.routing import Floats
 
 DAY_S = 86400.0
+_STEP_S = 360.0
+"""For so long the profile of the hours is taken as constant: it goes from one hour's middle to the next in a line."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,13 @@ class Curve:
 def curve(fleet: Fleet, seed: int) -> Curve:
     """The rate of each of the fleet's devices; bursts fall where the seed has them fall."""
     arrivals, horizon, start = fleet.arrivals, fleet.horizon_s, 3600 * fleet.start_hour
-    hourly = np.arange(1, int((horizon + start) // 3600) + 1) * 3600 - start
+    steps = np.arange(0.0, horizon, _STEP_S) if len(set(arrivals.hours)) > 1 else np.zeros(1)
     bursts = _bursts(arrivals, horizon, np.random.default_rng((seed, 1)))
-    edges = np.concatenate(([0.0, horizon], hourly, bursts, bursts + arrivals.burst_s))
+    edges = np.concatenate(([horizon], steps, bursts, bursts + arrivals.burst_s))
     times = np.unique(edges[(edges >= 0) & (edges <= horizon)])
     middle = (times[1:] + times[:-1]) / 2
-    hours = np.array(arrivals.hours)
-    profile = hours[((middle + start) % DAY_S // 3600).astype(int)] / hours.mean()
+    hours = np.array(arrivals.hours) / np.mean(arrivals.hours)
+    profile = np.interp(middle + start, (np.arange(24) + 0.5) * 3600, hours, period=DAY_S)
     inside = (middle[:, None] >= bursts) & (middle[:, None] < bursts + arrivals.burst_s)
     return Curve(times, arrivals.rate * profile * np.where(inside.any(axis=1), arrivals.burst_factor, 1.0))
 
