@@ -106,7 +106,7 @@ def test_exact_cloud_is_an_m_d_1_queue() -> None:
         cloud=CloudTimes(image_s=0.01),
         arrivals=Arrivals(rate=0.35),
         limits=Limits(cloud_budget_s=100.0, deadline_s=1000.0),
-        horizon_s=2000.0,
+        horizon_s=1000.0,
     )
     found = simulate_exactly(fleet, images(1.0))
     load = 200 * 0.35 * 0.01
@@ -235,6 +235,21 @@ def test_a_million_devices_are_a_hundred_times_ten_thousand() -> None:
     assert found[1].images == pytest.approx(100 * found[0].images, rel=0.01)
     assert 2000 <= found[1].replicas_mean <= 100 * found[0].replicas_mean, "a large queue needs less to spare"
     assert found[1].share["cloud"] == pytest.approx(0.2, abs=0.01)
+
+
+def test_calls_under_way_bound_what_gateways_ask_of_a_full_cloud() -> None:
+    fleet = dataclasses.replace(
+        FLEET,
+        devices=2000,
+        sources_per_edge=50,
+        edge=EdgeTimes(main_s=0.001),
+        arrivals=Arrivals(rate=1.3),
+        scaling=Autoscaling(min_replicas=10, max_replicas=10),
+        horizon_s=60.0,
+    )
+    exact, aggregated = both(fleet, images(0.5))
+    assert exact.degraded == pytest.approx(0.5 * (1 - 1 / 1.3), abs=0.02), "what ten replicas cannot take"
+    assert aggregated.degraded == pytest.approx(exact.degraded, rel=0.2)
 
 
 # Rates and replicas
