@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from meanet.breaker import Breaker
 from meanet.config import jpeg_quality
 from meanet.preprocessing import Preprocessing, encode_jpeg
 from meanet.routing import Exit, Ints, Reading
 from meanet.runtime import Images
-from serve_apps.breaker import Breaker
 from serve_apps.micro_batch import Pass, Task, mask
 from serve_apps.observer import CallOutcome, Observer
 from serve_apps.settings import Settings

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from meanet.breaker import Breaker
 from meanet.errors import UserError
 from meanet.routing import Ints, Policy, Reading
 from meanet.runtime import Images
 from serve_apps.batching import Batcher
-from serve_apps.breaker import Breaker
 from serve_apps.cloud_calls import AskCloud, CloudCalls
 from serve_apps.http import Answer
 from serve_apps.micro_batch import Pass, Task, applied, gathered, mask, pixels_of

@@ -26,6 +26,7 @@ HOMES = {
     "boto3": {"meanet.storage"},
     "pyarrow.fs": {"meanet.storage"},
     "pynvml": {"meanet.meters"},
+    "simpy": {"meanet.fleet.exact"},
     "yaml": {"meanet.profile_files"},
 }
 """Inside meanet, who may import what."""
@@ -43,10 +44,10 @@ BOTTOM = (
     "thresholds",
     "two_gate",
 )
-BOTTOM += ("fronts", "bootstrap", "calibration", "policies", "class_split", "exits_columns")
+BOTTOM += ("fronts", "bootstrap", "calibration", "policies", "class_split", "exits_columns", "breaker", "fleet.run")
 BOTTOM += ("images", "preprocessing", "model_spec", "engines", "onnx_engine", "runtime", "edge_device")
 WITHOUT_RAY = ("meanet.training", "meanet.evaluation", "meanet.runtime", "meanet.artifact", "meanet.trial")
-WITHOUT_RAY += ("meanet.study", "meanet.study_report", "tune_spaces.joint")
+WITHOUT_RAY += ("meanet.study", "meanet.study_report", "meanet.fleet.advice", "tune_spaces.joint")
 
 
 def modules(root: Path) -> dict[str, ast.Module]:
@@ -166,7 +167,7 @@ for name in (
     "ray.serve.schema", "mlflow", "mlflow.pyfunc", "mlflow.models", "mlflow.types", "sqlalchemy.exc", "fastapi",
     "starlette.formparsers", "multipart", "pyarrow.parquet", "pyarrow.fs", "pyarrow.compute", "matplotlib.figure",
     "PIL.Image", "safetensors.torch", "tyro", "httpx", "pandas", "pydantic", "onnxruntime.quantization",
-    "onnxruntime.quantization.shape_inference", "torch.onnx",
+    "onnxruntime.quantization.shape_inference", "torch.onnx", "simpy",
 ):
     importlib.import_module(name)
 seen, environment = [], dict(os.environ)
