@@ -23,8 +23,8 @@ HOMES = {
     "ray": {"meanet.cluster", "meanet.streaming", "meanet.tuning", "meanet.workers"},
     "optuna": {"meanet.tuning"},
     "mlflow": {"meanet.tracking"},
-    "boto3": {"meanet.storage"},
-    "pyarrow.fs": {"meanet.storage"},
+    "boto3": {"meanet.s3"},
+    "pyarrow.fs": {"meanet.storage", "meanet.s3"},
     "pynvml": {"meanet.meters"},
     "yaml": {"meanet.profile_files"},
 }
