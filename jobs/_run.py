@@ -2,6 +2,7 @@
 
 run.json              which run this is, and the stages that are over
 train/<id>/           Ray Train's checkpoints (elsewhere with --storage)
+points.jsonl          metrics of epochs on their way to MLflow
 model/                the trained model
 exits.parquet         every exit's answer to every validation and test image
 operating_point.json  the policy that was chosen
@@ -147,5 +148,6 @@ def _clear(root: Path) -> None:
     """Drop what an earlier run left; what it logged stays in MLflow."""
     for name in ("train", "model"):
         shutil.rmtree(root / name, ignore_errors=True)
-    for name in ("run.json", "exits.parquet", "operating_point.json", "report.json", "report.html"):
+    names = ("run.json", "exits.parquet", "operating_point.json", "report.json", "report.html")
+    for name in (*names, "points.jsonl", "points.jsonl.sent"):
         (root / name).unlink(missing_ok=True)

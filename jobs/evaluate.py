@@ -24,6 +24,8 @@ class Flags:
     """Names the recipe; the model's own stored config is what is evaluated, but for `--energy` if given."""
     output: Path | None = None
     """The run's folder; outputs/RECIPE if not given."""
+    exits: str | None = None
+    """Where the exits table is written as well, a path or s3://."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -67,18 +69,23 @@ def main() -> None:
             f"the flags ask for another recipe than {run.root} was trained by: evaluation runs the trained "
             "model as it is; drop the flags (those of --energy may stay), or train with them"
         )
+    if flags.exits:
+        storage.check_writable(flags.exits.rpartition("/")[0] or ".")
     with run.stage("evaluate"):
         table = evaluate(run, model)
+        if flags.exits:
+            storage.write_parquet(storage.read_parquet(run.exits), flags.exits)
     if run.record.mlflow_run:
         Tracker(environment.tracking_uri).log_file(run.record.mlflow_run, run.exits)
     outcomes = baselines(table.exits("test"), table.costs, authors_threshold(table.exits("validation")))
     accuracy = {name: outcome.accuracy for name, outcome in outcomes.items()}
     if flags.json:
-        print(json.dumps({"exits": str(run.exits), "split": "test", "accuracy": accuracy}))
+        print(json.dumps({"exits": flags.exits or str(run.exits), "split": "test", "accuracy": accuracy}))
         return
     for name, value in accuracy.items():
         print(f"{name:<18} test accuracy {value:.2%}")
-    print(f"exits table: {run.exits}\nnext:        python -m jobs.sweep {run.exits}")
+    exits = flags.exits or run.exits
+    print(f"exits table: {exits}\nnext:        python -m jobs.sweep {exits}")
 
 
 if __name__ == "__main__":

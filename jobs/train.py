@@ -5,7 +5,7 @@ Joins the cluster in RAY_ADDRESS or starts a local one. Run again after an inter
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,13 @@ from meanet.config import DataConfig, Recipe
 from meanet.data import ImageTable, Splits
 from meanet.errors import exit_on_user_error
 from meanet.loop import PHASES, State
+from meanet.spool import Point, Spool
 from meanet.storage import check_writable
 from meanet.tracking import Tracker
 from meanet.training import check, epoch_work
+
+_METRICS = ("loss", "validation_accuracy", "learning_rate", "seconds")
+"""Of an epoch."""
 
 
 @dataclass(frozen=True)
@@ -109,28 +113,31 @@ def _both(*listeners: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, A
 
 
 class _PhaseLog:
-    """A nested MLflow run per phase. A store that fails in mid-run costs the live view, not the training:
-
-    `complete` logs from the final state whatever is not there yet.
-    """
+    """A nested MLflow run per phase. Points go by a spool in the run's folder: a store that fails in mid-run costs the
+    live view, not the training. `complete` logs from the final state whatever is not there yet."""
 
     def __init__(self, run: RunFolder, recipe: Recipe, tracker: Tracker) -> None:
         self._run, self._tracker = run, tracker
         self._params = {name: recipe.to_dict()[name] for name in ("main", "extension", "cloud")}
-        self._failed = False
+        self._spool = Spool(run.root / "points.jsonl", self._send, lambda text: _progress.say(f"  MLflow: {text}"))
 
     def on_event(self, event: dict[str, Any]) -> None:
-        """Log an epoch as it arrives."""
-        if event["event"] != "epoch" or self._failed:
-            return
-        try:
-            self._log(event["phase"], [event])
-        except Exception as error:  # MLflow's client raises many kinds
-            self._failed = True
-            _progress.say(f"  MLflow does not answer ({type(error).__name__}): metrics follow when training is over")
+        """Keep an epoch's metrics as it arrives."""
+        if event["event"] == "epoch":
+            self._spool.put(event["phase"], event["epoch"], {name: event[name] for name in _METRICS})
+
+    def _send(self, points: Sequence[Point]) -> None:
+        for phase in dict.fromkeys(point.run for point in points):
+            rows = [(point.step, point.metrics) for point in points if point.run == phase]
+            self._tracker.log_steps(self._run_id(phase), rows)
 
     def complete(self, state: State) -> None:
-        """Log what is missing, and close the phases' runs."""
+        """See to it that all is there, and close the phases' runs.
+
+        Raises:
+            UserError: the store stays away; what it has not got stays in the run's folder.
+        """
+        self._spool.close()
         for phase in self._params:
             rows = [row for row in state.history if row["phase"] == phase]
             known = self._tracker.logged_steps(self._run_id(phase), "loss")
@@ -141,8 +148,7 @@ class _PhaseLog:
         self._tracker.log_text(parent, json.dumps(state.class_precision), "class_precision.json")
 
     def _log(self, phase: str, rows: list[dict[str, Any]]) -> None:
-        names = ("loss", "validation_accuracy", "learning_rate", "seconds")
-        self._tracker.log_steps(self._run_id(phase), [(row["epoch"], {n: row[n] for n in names}) for row in rows])
+        self._tracker.log_steps(self._run_id(phase), [(row["epoch"], {n: row[n] for n in _METRICS}) for row in rows])
 
     def _run_id(self, phase: str) -> str:
         runs = self._run.record.phase_runs

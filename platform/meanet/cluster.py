@@ -29,6 +29,7 @@ from meanet.config import Recipe
 from meanet.data import ImageTable, Splits
 from meanet.errors import UserError
 from meanet.loop import Epoch, State
+from meanet.storage import resolve
 from meanet.streaming import streaming_feed
 from meanet.training import Trainer, resident_feed
 from meanet.workers import OnEpoch, RayWorker, interruptible, root_cause
@@ -232,6 +233,7 @@ def train(
         UserError: more workers than CPUs; or training failed for good.
     """
     workers = scaling(num_workers, streaming=not isinstance(splits.table, ImageTable))
+    system, place = resolve(storage)  # ours, for it outwaits an outage of S3
     mailbox = ray.remote(_Mailbox).options(num_cpus=0).remote()
     trainer = TorchTrainer(
         _train_loop,
@@ -239,7 +241,8 @@ def train(
         scaling_config=workers,
         run_config=RunConfig(
             name=name,
-            storage_path=storage,
+            storage_path=place,
+            storage_filesystem=system,
             failure_config=FailureConfig(
                 max_failures=_MAX_FAILURES,
                 controller_failure_limit=_MAX_FAILURES,  # type: ignore[call-arg]  # Train V2's; the stub shows V1's

@@ -23,7 +23,7 @@ from meanet.exits_columns import check_columns, matrix
 from meanet.preprocessing import transmit
 from meanet.replay import Exits
 from meanet.routing import Ints, Policy, read, read_extension, read_main
-from meanet.storage import read_parquet
+from meanet.storage import check_readable, read_parquet
 
 _KEY = b"meanet"
 
@@ -151,6 +151,7 @@ class ExitsTable:
     @staticmethod
     def read(uri: str | Path, description: dict[str, Any] | None = None) -> "ExitsTable":
         """From a path or s3:// URI."""
+        check_readable(str(uri))
         return ExitsTable(read_parquet(uri), uri, description)
 
     @property

@@ -1,4 +1,4 @@
-"""Where files live: a local path or `s3://`. The only home of pyarrow.fs (and of boto3) in meanet."""
+"""Where files live: a local path or `s3://`. With `s3` the only home of pyarrow.fs in meanet."""
 
 import os
 import tempfile
@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from meanet import s3
 from meanet.errors import UserError
 
 
@@ -22,11 +23,23 @@ def resolve(uri: str | Path) -> tuple[fs.FileSystem, str]:
     text = str(uri)
     if "://" not in text:
         return fs.LocalFileSystem(), str(Path(text).expanduser().absolute())
+    if text.startswith(s3.SCHEME):
+        return s3.PatientS3(), "/".join(s3.split(text)).rstrip("/")
     try:
         system, path = fs.FileSystem.from_uri(text)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{text} cannot be opened: {error}; give a local path or s3://bucket/key") from error
     return system, path
+
+
+def check_readable(uri: str) -> None:
+    """Say at the start what is missing of an s3:// path: server, credentials, clock, bucket or permission.
+
+    Raises:
+        UserError: something is.
+    """
+    if uri.startswith(s3.SCHEME):
+        s3.preflight(uri)
 
 
 def read_parquet(uri: str | Path) -> pa.Table:
@@ -131,9 +144,8 @@ def _parquet(uri: str) -> Iterator[pq.ParquetFile]:
 def has_files(uri: str, ending: str) -> bool:
     """Whether a folder exists that has files with this ending anywhere below it."""
     system, path = resolve(uri)
-    if system.get_file_info(path).type == fs.FileType.NotFound:
-        return False
-    return any(name.endswith(ending) for name in list_files(uri))
+    found = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+    return any(info.type == fs.FileType.File and info.path.endswith(ending) for info in found)
 
 
 def write_parquet(table: pa.Table, uri: str | Path, row_group_size: int | None = None) -> None:
@@ -169,6 +181,9 @@ def check_writable(uri: str) -> str:
     Raises:
         UserError: it cannot.
     """
+    if uri.startswith(s3.SCHEME):
+        s3.preflight(uri, write=True)
+        return uri
     system, path = resolve(uri)
     marker = f"{path.rstrip('/')}/.writable"
     try:

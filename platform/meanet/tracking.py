@@ -30,7 +30,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 from sqlalchemy.exc import SQLAlchemyError
 
-from meanet import artifact, engines
+from meanet import artifact, engines, s3
 from meanet.artifact import TrainedModel
 from meanet.data import Images
 from meanet.errors import UserError
@@ -90,6 +90,7 @@ class Tracker:
         logging.getLogger("alembic").setLevel(logging.WARNING)
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         self.uri = uri
+        s3.hand_on_endpoint()  # artifacts may lie there
         _check_reachable(uri)
         try:
             self._client = cast(MlflowClient, _Guarded(MlflowClient(tracking_uri=uri, registry_uri=uri), uri))

@@ -39,6 +39,7 @@ def write(table: Images, output: str, image_size: int | None, rows_per_shard: in
     if table.test_rows is not None:
         parts = {"/train": np.setdiff1d(everything, table.test_rows), "/test": table.test_rows}
     folders = {f"{output.rstrip('/')}{name}": rows for name, rows in parts.items()}
+    storage.check_writable(output)
     for folder in folders:
         if storage.has_files(folder, ".parquet"):
             raise UserError(f"{folder} holds Parquet files already: choose another folder, or remove them first")

@@ -186,6 +186,7 @@ class FolderSource:
         Raises:
             UserError: it does not exist or has no images in subfolders.
         """
+        storage.check_readable(root)
         files = [path for path in storage.list_files(root) if path.lower().endswith(EXTENSIONS) and "/" in path]
         if not files:
             raise UserError(
@@ -235,6 +236,7 @@ class ParquetSource:
         Raises:
             UserError: nothing there, or no columns of images and labels.
         """
+        storage.check_readable(place)
         files = storage.parquet_files(place)
         schema = storage.parquet_schema(files[0])
         image = _image_column(schema, image_column, place)
