@@ -245,6 +245,8 @@ def _export_int8(model: TrainedModel, folder: Path, splits: Splits, max_loss: fl
     quantisation.quantise(sources[0], targets[0], ({IMAGES: batch} for batch in seen))
     pairs = (fp32.main(batch)[0] for batch in seen)
     quantisation.quantise(sources[1], targets[1], ({IMAGES: batch, FEATURES: features} for batch, features in pairs))
+    for target, error in zip(targets, quantisation.mean_errors(fp32, OnnxEdge(*targets), seen), strict=True):
+        quantisation.correct_exit(target, error)
     judged = _pick(splits, splits.validation, _JUDGED_IMAGES)
     images, labels = _batches(splits, judged), splits.table.labels[judged]
     verdict = quantisation.judge(model, (fp32, OnnxEdge(*targets)), images, labels, max_loss)

@@ -72,7 +72,18 @@ def quantise(source: Path, target: Path, batches: Iterable[Fed]) -> None:
         logging.disable(level)
 
 
-def correct_exit(path: Path, mean_error: NDArray[np.float32]) -> None:
+def mean_errors(fp32: EdgeEngine, int8: EdgeEngine, batches: Iterable[Pictures]) -> list[NDArray[np.float64]]:
+    """(C,) and (H,): how far int8's logits of the main and the extension exit are from float32's, on average."""
+    errors: tuple[list[NDArray[np.float32]], ...] = [], []
+    for images in batches:
+        every = np.arange(len(images))
+        (kept, logits), (kept_too, logits_too) = fp32.main(images), int8.main(images)
+        errors[0].append(logits_too - logits)
+        errors[1].append(int8.extend(kept_too, every) - fp32.extend(kept, every))
+    return [np.concatenate(each).mean(axis=0, dtype=np.float64) for each in errors]
+
+
+def correct_exit(path: Path, mean_error: NDArray[np.float64]) -> None:
     """Take the mean error of each logit off the exit's bias: rounded weights err to one side (arXiv 1906.04721)."""
     model = onnx.load(str(path))
     exit_ = next(node for node in reversed(model.graph.node) if node.op_type == "Gemm")
