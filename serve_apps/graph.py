@@ -45,6 +45,7 @@ from serve_apps.http import (
     read_body,
     read_images,
 )
+from serve_apps.inflight import InFlight
 from serve_apps.live import Links, LiveCloud, LiveEdge
 from serve_apps.placement import Pin, Replicas, options
 from serve_apps.settings import Settings
@@ -61,7 +62,7 @@ def _service_here() -> EdgeService:
 api = FastAPI(
     title="MEANet",
     description="Images in, classes out; each answer says which exit gave it.",
-    middleware=[Middleware(FastPath, service=_service_here)],
+    middleware=[Middleware(InFlight), Middleware(FastPath, service=_service_here)],
     routes=list(live_api.router.routes),
 )
 Asked = Annotated[Wishes, Query()]
