@@ -19,12 +19,14 @@ PIP    := --quiet --disable-pip-version-check
 demo: $(READY)
 	$(RUN) -m jobs.demo digits $(ARGS)
 
-# The tests that start clusters mostly wait: the others run beside them, unless ARGS says which to run.
+# The tests that start clusters mostly wait: the others, and then those that ask a server, run beside them, unless ARGS
+# says which to run.
 test: $(READY) lint types
 ifeq ($(strip $(ARGS)),)
-	@$(RUN) -m pytest -m "not cluster" > $(VENV)/quick-tests.log 2>&1 & quick=$$!; \
-	$(RUN) -m pytest -m cluster; slow=$$?; \
-	wait $$quick; quick=$$?; cat $(VENV)/quick-tests.log; test $$slow -eq 0 -a $$quick -eq 0
+	@( $(RUN) -m pytest -m "not cluster"; quick=$$?; $(RUN) -m pytest -m served && exit $$quick ) \
+	    > $(VENV)/beside.log 2>&1 & beside=$$!; \
+	$(RUN) -m pytest -m "cluster and not served"; slow=$$?; \
+	wait $$beside; beside=$$?; cat $(VENV)/beside.log; test $$slow -eq 0 -a $$beside -eq 0
 else
 	$(RUN) -m pytest $(ARGS)
 endif

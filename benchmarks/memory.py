@@ -39,12 +39,13 @@ class TreeMemory(threading.Thread):
     def run(self) -> None:
         """Look twice a second."""
         while not self.done.wait(0.5):
-            held = [_resident(pid) for pid in _tree(self.pid)]
+            held = [_resident(pid) for pid in tree(self.pid)]
             own, files, shared = (list(column) for column in zip(*held, strict=True))
             self.peak = max(self.peak, sum(own) + max(files) + max(shared))
 
 
-def _tree(root: int) -> Iterator[int]:
+def tree(root: int) -> Iterator[int]:
+    """A process and all that it started, by their parents."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -67,3 +68,8 @@ def _resident(pid: int) -> tuple[int, int, int]:
         return 0, 0, 0
     found = {row[0]: int(row[1]) * 1024 for row in rows if row and row[0].startswith("Rss")}
     return found.get("RssAnon:", 0), found.get("RssFile:", 0), found.get("RssShmem:", 0)
+
+
+def resident_of(pid: int) -> int:
+    """Bytes of a process that are its own; 0 if it is gone."""
+    return _resident(pid)[0]

@@ -25,7 +25,7 @@ from starlette.middleware import Middleware
 
 from meanet import engines
 from meanet.runtime import Images
-from serve_apps import invocations, live_api, v2
+from serve_apps import gate, invocations, live_api, v2
 from serve_apps.cloud_calls import CloudAnswer, CloudRequest
 from serve_apps.control import FOLLOW_S, Control
 from serve_apps.edge import EdgeService
@@ -45,7 +45,6 @@ from serve_apps.http import (
     read_body,
     read_images,
 )
-from serve_apps.inflight import InFlight
 from serve_apps.live import Links, LiveCloud, LiveEdge
 from serve_apps.placement import Pin, Replicas, options
 from serve_apps.settings import Settings
@@ -59,12 +58,17 @@ def _service_here() -> EdgeService:
     return service
 
 
-api = FastAPI(
-    title="MEANet",
-    description="Images in, classes out; each answer says which exit gave it.",
-    middleware=[Middleware(InFlight), Middleware(FastPath, service=_service_here)],
-    routes=list(live_api.router.routes),
-)
+def _made() -> FastAPI:
+    made = FastAPI(
+        title="MEANet",
+        description="Images in, classes out; each answer says which exit gave it.",
+        middleware=[Middleware(gate.Gate), Middleware(FastPath, service=_service_here)],  # the gate first
+    )
+    made.include_router(live_api.router)
+    return made
+
+
+api = _made()
 Asked = Annotated[Wishes, Query()]
 
 
@@ -205,9 +209,15 @@ class Edge:
     # MLflow's scoring protocol
 
     @api.get("/ping")
+    @api.get("/health")
     async def ping(self) -> Health:
-        """MLflow's name for the health check."""
+        """MLflow's names for the health check."""
         return await self.health()
+
+    @api.get("/version")
+    async def mlflow_version(self) -> Response:
+        """The version of MLflow whose protocol this is, as its own scoring server says it."""
+        return Response(metadata.version("mlflow"), media_type="text/plain")
 
     @api.post("/invocations")
     async def invocations(self, request: Request) -> dict[str, Any]:

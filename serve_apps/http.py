@@ -41,7 +41,7 @@ class Wishes(BaseModel):
         description="In place of the operating point's threshold, in its gate's unit.",
     )
     deadline_ms: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="Time for the whole request, the server's own at most."
+        default=None, ge=10, allow_inf_nan=False, description="Time for the whole request, the server's own at most."
     )
 
 

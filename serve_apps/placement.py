@@ -40,6 +40,7 @@ class Scaling(BaseModel):
         return self
 
 
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 Replicas = int | Scaling
 """A fixed number, or a range."""
 
@@ -74,7 +75,7 @@ def options(
         resources: of the cluster.
         num_cpus: that a replica reserves.
     """
-    actor: dict[str, Any] = {"num_cpus": num_cpus, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}}
+    actor: dict[str, Any] = {"num_cpus": num_cpus, "runtime_env": {"env_vars": dict(_ENVIRONMENT)}}
     if pin == "always" or (pin == "auto" and resources.get(place, 0) > 0):
         actor["resources"] = {place: _SHARE}
     if isinstance(replicas, int):

@@ -1,9 +1,12 @@
 """What tests share. Ray clusters are started by the tests that need them, on free ports, and end by handle."""
 
 import dataclasses
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from untrained import Call, caller, run_folder_of, untrained_model
@@ -16,6 +19,7 @@ from meanet.evaluation import ExitsTable, exits_table
 from meanet.loop import SingleProcess, State
 from meanet.operating_point import search
 from meanet.recipes import digits
+from meanet.tracking import Tracker
 from meanet.training import Trainer
 from meanet.two_gate import EARLY
 
@@ -85,3 +89,42 @@ def run_folder(untrained: TrainedModel, tmp_path: Path) -> Path:
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
     return caller(tmp_path, monkeypatch, capsys)
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """A server that the tests of a session share."""
+
+    url: str
+    pid: int
+    """Of `python -m serve_apps`; the cluster's processes descend from it."""
+
+
+@pytest.fixture(scope="session")
+def served(model: TrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`python -m serve_apps` of the trained model; runs until the session ends."""
+    from server import serving  # which imports this module
+
+    folder = tmp_path_factory.mktemp("served")
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    tracker = Tracker(uri)
+    tracker.promote(tracker.register(model, tracker.start_run("r", {}, {})))
+    with serving(folder, uri) as url:
+        yield Server(url, json.loads((folder / "ready.json").read_text())["pid"])
+
+
+@pytest.fixture
+def client(served: Server) -> Iterator[httpx.Client]:
+    """Asks the shared server; after whatever the test has sent, the same version answers."""
+    with httpx.Client(base_url=served.url, timeout=30) as client:
+        before = client.get("/v1/model").json()
+        yield client
+        assert client.get("/healthz").json() == {"status": "ok", "model_version": before["version"]}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the shared server are marked so, and come last: no other cluster of theirs runs beside it."""
+    for item in items:
+        if "served" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.served)
+    items.sort(key=lambda item: "served" in getattr(item, "fixturenames", ()))

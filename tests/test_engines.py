@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from meanet import artifact, engines, onnx_export, quantisation
+from meanet import artifact, engines, onnx_export
 from meanet.artifact import TrainedModel
 from meanet.data import Splits
 from meanet.data.table import ImageTable, Rows
@@ -45,9 +45,7 @@ def watched(splits: Splits) -> Watched:
 def exported(model: TrainedModel, splits: Splits, watched: Watched, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model's folder with every engine, whatever int8 loses."""
     folder = artifact.save(model, tmp_path_factory.mktemp("exported") / "model")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantisation, "MAX_LOSS", 1.0)
-        onnx_export.export(model, folder, dataclasses.replace(splits, table=watched))
+    onnx_export.export(model, folder, dataclasses.replace(splits, table=watched), max_loss=1.0)
     return folder
 
 
@@ -131,7 +129,7 @@ def test_three_in_a_thousand_may_be_lost(model: TrainedModel, wrong: int, kept: 
     labels = np.full(1000, easy)
     answers = [[other] * count + [easy] * (1000 - count) for count in (10, 10 + wrong)]
     images = np.zeros((1000, 8, 8, 1), dtype=np.uint8)
-    said = judge(model, *(Saying(each * 2) for each in answers), [images], labels)
+    said = judge(model, (Saying(answers[0] * 2), Saying(answers[1] * 2)), [images], labels)
     assert said["kept"] == kept
     assert said["main"]["accuracy_fp32"] == 0.99
     assert said["edge"]["accuracy"] == pytest.approx(0.99 - wrong / 1000)
@@ -151,8 +149,7 @@ def test_int8_that_loses_too_much_is_not_kept(
         return names
 
     monkeypatch.setattr(onnx_export, "_export_fp32", as_before)  # seconds of torch's exporter
-    monkeypatch.setattr(quantisation, "MAX_LOSS", -1.0)
-    found = onnx_export.export(model, folder, splits)
+    found = onnx_export.export(model, folder, splits, max_loss=-1.0)
     assert found == described(folder)
     assert found.int8 is not None
     assert not found.int8["kept"]

@@ -21,7 +21,7 @@ from serve_apps.cloud_calls import CloudAnswer, CloudRequest
 from serve_apps.edge import EdgeService
 from serve_apps.fast_path import FastPath, as_json, ask, batch_as_json
 from serve_apps.graph import api
-from serve_apps.http import MAX_IMAGE_BYTES, Answer, AppliedPolicy, BatchAnswer, Joules, Milliseconds
+from serve_apps.http import MAX_IMAGE_BYTES, Answer, AppliedPolicy, BatchAnswer, Joules, Milliseconds, ServedBy
 from serve_apps.served import Served
 from serve_apps.settings import Settings
 
@@ -163,6 +163,7 @@ def test_answers_are_written_as_pydantic_writes_them() -> None:
             ms=Milliseconds(edge=number, cloud=number),
             model_version=row,
             policy=AppliedPolicy(id=f"{row:08x}", gate="two_gate", thresholds=[None, number], edge_only=bool(row % 2)),
+            served_by=ServedBy(edge=names[row % len(names)], cloud=None if row % 3 else names[0]),
         )
         for row, number in enumerate(numbers)
     ]

@@ -16,36 +16,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
-from server import serving
 
 from meanet.artifact import TrainedModel
 from meanet.data import Splits
 from meanet.preprocessing import encode_png
 from meanet.routing import Exit
 from meanet.runtime import Cascade
-from meanet.tracking import Tracker
 
 pytestmark = pytest.mark.cluster
 PNG = {"content-type": "image/png"}
 ARROW = {"content-type": "application/vnd.apache.arrow.stream"}
-
-
-@pytest.fixture(scope="module")
-def client(model: TrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    folder = tmp_path_factory.mktemp("served")
-    uri = f"sqlite:///{folder / 'mlflow.db'}"
-    tracker = Tracker(uri)
-    tracker.promote(tracker.register(model, tracker.start_run("r", {}, {})))
-    with serving(folder, uri) as url, httpx.Client(base_url=url, timeout=30) as client:
-        yield client
-
-
-@pytest.fixture(autouse=True)
-def replica_lives_on(client: httpx.Client) -> Iterator[None]:
-    """After whatever a test has sent, the same replica process answers."""
-    before = client.get("/v1/model").json()
-    yield
-    assert client.get("/healthz").json() == {"status": "ok", "model_version": before["version"]}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +45,7 @@ def test_every_test_image_is_answered_as_by_the_model(
     assert [(answer["class_id"], answer["exit"]) for answer in got] == expected(model, splits)
     assert {answer["exit"] for answer in got} == {"main", "extension", "cloud"}
     keys = {"class_id", "class_name", "exit", "confidence", "entropy", "degraded", "reason"}
-    assert set(got[0]) == keys | {"joules", "ms", "model_version", "policy"}
+    assert set(got[0]) == keys | {"joules", "ms", "model_version", "policy", "served_by"}
     assert got[0]["joules"]["source"] == "modelled:horowitz_45nm+wifi"
     assert got[0]["policy"]["thresholds"] == list(model.policy.thresholds)
 

@@ -19,7 +19,7 @@ from meanet.evaluation import ExitsTable
 from meanet.preprocessing import encode_png
 from meanet.routing import Exit, Policy, route
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.served]
 
 
 def test_chosen_point_is_what_the_server_applies(

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -19,6 +20,10 @@ import pytest
 from conftest import ENVIRONMENT, ROOT
 
 pytestmark = pytest.mark.cluster
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```sh\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+CLUSTER = 6
+"""Which of the README's shell blocks submits to a cluster."""
 
 
 def free_port() -> int:
@@ -92,9 +97,9 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         wait_for_port(dashboard, process, folder / "head.log")
         yield Head(python, f"http://127.0.0.1:{dashboard}", environment)
     finally:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)  # which it ignores for half a minute
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(30)
+            process.wait(2)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -148,3 +153,11 @@ def test_submitted_code_runs_and_not_the_older_wheel(head: Head, tmp_path: Path)
     described = json.loads((output / "model" / "model.json").read_text())
     assert described["recipe"]["main"]["epochs"] == 2
     assert len(described["hard_classes"]) == 5
+
+
+def test_the_readmes_submission(head: Head, tmp_path: Path) -> None:
+    words = re.search(r"ray job submit --address \S+ --runtime-env jobs/runtime_env.yaml -- (.*)", BLOCKS[CLUSTER])
+    assert words is not None
+    done = submit(head, copy_of_tree(tmp_path / "tree"), words[1].split())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "hard classes, hardest first" in done.stdout

@@ -73,7 +73,13 @@ def _scaling_convolution(first: nn.Conv2d, preprocessing: Preprocessing) -> nn.C
     return scaling
 
 
-def export(model: TrainedModel, folder: Path, splits: Splits, wanted: Engines = "int8") -> Exported | None:
+def export(
+    model: TrainedModel,
+    folder: Path,
+    splits: Splits,
+    wanted: Engines = "int8",
+    max_loss: float = quantisation.MAX_LOSS,
+) -> Exported | None:
     """Write the files into the model's folder, unless they are there for these very weights.
 
     Args:
@@ -81,6 +87,7 @@ def export(model: TrainedModel, folder: Path, splits: Splits, wanted: Engines = 
         folder: it.
         splits: of the data that it was trained on.
         wanted: which files.
+        max_loss: of accuracy, 0..1, that 8-bit integers may cost on validation and be kept.
 
     Raises:
         UserError: an exported file does not answer as torch does.
@@ -92,7 +99,7 @@ def export(model: TrainedModel, folder: Path, splits: Splits, wanted: Engines = 
         fp32 = _compare(model, Path(scratch), splits)
         judged = None
         if wanted == "int8":
-            judged = _export_int8(model, Path(scratch), splits)
+            judged = _export_int8(model, Path(scratch), splits, max_loss)
             files += EDGE_FILES["onnx_int8"] if judged["kept"] else ()
         return _publish(folder, Path(scratch), files, fp32, judged)
 
@@ -229,15 +236,16 @@ def _compare(model: TrainedModel, folder: Path, splits: Splits) -> dict[str, Any
     return {"images": len(rows), "max_difference": furthest, "tolerance": _TOLERANCE}
 
 
-def _export_int8(model: TrainedModel, folder: Path, splits: Splits) -> dict[str, Any]:
+def _export_int8(model: TrainedModel, folder: Path, splits: Splits, max_loss: float) -> dict[str, Any]:
     """Write the 8-bit files and judge them."""
     calibration = _pick(splits, splits.train, _CALIBRATION_IMAGES)
     sources, targets = (tuple(folder / name for name in EDGE_FILES[kind]) for kind in ("onnx", "onnx_int8"))
     fp32 = OnnxEdge(*sources)
-    images = list(_batches(splits, calibration))
-    quantisation.quantise(sources[0], targets[0], ({IMAGES: batch} for batch in images))
-    pairs = (fp32.main(batch)[0] for batch in images)
+    seen = list(_batches(splits, calibration))
+    quantisation.quantise(sources[0], targets[0], ({IMAGES: batch} for batch in seen))
+    pairs = (fp32.main(batch)[0] for batch in seen)
     quantisation.quantise(sources[1], targets[1], ({IMAGES: batch, FEATURES: features} for batch, features in pairs))
     judged = _pick(splits, splits.validation, _JUDGED_IMAGES)
-    verdict = quantisation.judge(model, fp32, OnnxEdge(*targets), _batches(splits, judged), splits.table.labels[judged])
+    images, labels = _batches(splits, judged), splits.table.labels[judged]
+    verdict = quantisation.judge(model, (fp32, OnnxEdge(*targets)), images, labels, max_loss)
     return {**verdict, "calibration_images": len(calibration)}

@@ -4,7 +4,6 @@ Shape letters: N images, H height, W width, C channels.
 """
 
 import io
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from meanet import image_guard
 from meanet.config import Payload, jpeg_quality
 from meanet.errors import UserError
 from meanet.images import MODES, ImageSpec
@@ -19,8 +19,6 @@ from meanet.images import MODES, ImageSpec
 if TYPE_CHECKING:  # a device has no data sets, nor what reads them
     from meanet.data import Splits
 
-_MAX_PIXELS = 32 * 2**20
-"""Of an image that is to be resized: decoded, it takes three times as many bytes."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """What torchvision's weights were trained with."""
 
@@ -65,36 +63,28 @@ class Preprocessing:
         return np.ascontiguousarray(normal.transpose(0, 3, 1, 2))
 
     def decode(self, data: bytes) -> NDArray[np.uint8]:
-        """PNG or JPEG bytes -> (H, W, C). The header is checked before a pixel is decoded.
+        """PNG or JPEG bytes -> (H, W, C). Its parts are looked at before one is decoded (`meanet.image_guard`).
 
         Raises:
-            UserError: not a whole PNG or JPEG, or not of this model's size and channels.
+            UserError: not a whole PNG or JPEG, too dear to decode, or not of this model's size and channels.
         """
         if not data:
             raise UserError("the image is empty: send the bytes of a PNG or JPEG file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            try:
-                with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
-                    self._check(image)
-                    pixels = self._spec.fit(image)
-            except UserError:
-                raise
-            except Exception as error:  # Pillow's decoders raise many kinds: each means that the bytes are no image
-                raise UserError(
-                    f"the {len(data)} bytes are no readable PNG or JPEG image: {type(error).__name__}"
-                ) from error
-        return pixels
+        try:
+            with Image.open(io.BytesIO(image_guard.lean(data)), formats=("PNG", "JPEG")) as image:
+                self._check(image)
+                return self._spec.fit(image)
+        except UserError:
+            raise
+        except Exception as error:  # Pillow's decoders raise many kinds: each means that the bytes are no image
+            kind = type(error).__name__
+            raise UserError(f"the {len(data)} bytes are no readable PNG or JPEG image: {kind}") from error
 
     @property
     def _spec(self) -> ImageSpec:
         return ImageSpec(self.height, self.width, self.channels, self.resize)
 
     def _check(self, image: Image.Image) -> None:
-        if self.resize and image.width * image.height > _MAX_PIXELS:
-            raise UserError(
-                f"the image has {image.width}x{image.height} pixels and at most {_MAX_PIXELS} are taken: scale it down"
-            )
         if not self.resize and image.size != (self.width, self.height):
             raise UserError(
                 f"the image is {image.size[0]}x{image.size[1]} pixels and this model takes {self.width}x{self.height}: "
