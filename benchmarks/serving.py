@@ -236,7 +236,7 @@ def against(rows: list[dict[Key, Load]]) -> list[str]:
     """Ours against each, at every number of connections: medians of the rounds' ratios."""
     ratios: dict[tuple[str, str], dict[int, tuple[float, float]]] = defaultdict(dict)
     for name, mode, connections in rows[0]:
-        if name in PEERS:
+        if name in PEERS and (OURS, mode, connections) in rows[0]:
             pairs = [(row[OURS, mode, connections], row[name, mode, connections]) for row in rows]
             faster = median(ours.per_second / other.per_second for ours, other in pairs)
             ratios[name, mode][connections] = faster, median(ours.cpu_ms / other.cpu_ms for ours, other in pairs)
