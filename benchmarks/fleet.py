@@ -322,7 +322,10 @@ def main() -> None:
     )
     FOLDER.mkdir(parents=True, exist_ok=True)
     if isinstance(flags, Compare):
-        measured = asyncio.run(compare(flags))
+        try:
+            measured = asyncio.run(compare(flags))
+        except aiohttp.ClientError as error:
+            raise UserError(f"--url {flags.url}: {error}; start a server with `python -m serve_apps`") from error
         write_text(json.dumps(measured, indent=1), FOLDER / "compare.json")
         times = {part: measured["calibration"][part] for part in ("edge", "cloud")}
         write_text(json.dumps(times, indent=1), FOLDER / "times.json")

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import itertools
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,9 +35,10 @@ class Answered:
 
 async def _ask(session: aiohttp.ClientSession, url: str, body: bytes, due: float) -> Answered:
     async with session.post(f"{url}/v1/classify", data=body, headers=_HEADERS) as response:
-        answer: dict[str, Any] = await response.json()
-        if response.status != 200:
-            raise UserError(f"{url} answered {response.status} to a test image: {str(answer)[:200]}")
+        text = await response.text()
+    if response.status != 200:
+        raise UserError(f"{url} answered {response.status} to a test image: {text[:200]}")
+    answer: dict[str, Any] = json.loads(text)
     seconds, ms = time.perf_counter() - due, answer["ms"]
     return Answered(seconds, ms["edge"] / 1000, ms["cloud"] / 1000, answer["exit"], answer["degraded"])
 
@@ -111,7 +113,8 @@ async def _batch(session: aiohttp.ClientSession, url: str, bodies: list[bytes]) 
     for number, body in enumerate(bodies):
         form.add_field("image", io.BytesIO(body), filename=f"{number}.png", content_type="image/png")
     async with session.post(f"{url}/v1/classify/batch", data=form) as response:
-        answer: dict[str, Any] = await response.json()
-        if response.status != 200:
-            raise UserError(f"{url} answered {response.status} to a batch: {str(answer)[:200]}")
+        text = await response.text()
+    if response.status != 200:
+        raise UserError(f"{url} answered {response.status} to a batch: {text[:200]}")
+    answer: dict[str, Any] = json.loads(text)
     return max(float(one["ms"]["cloud"]) for one in answer["answers"]) / 1000
