@@ -90,7 +90,7 @@ def started(
     return sight
 
 
-def _here() -> Sight:
+async def _here() -> Sight:
     replica: Any = serve.get_replica_context().servable_object
     sight: Sight = replica.sight
     return sight
