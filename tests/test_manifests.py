@@ -17,6 +17,7 @@ from conftest import ENVIRONMENT, ROOT
 from ray.serve.schema import ServeDeploySchema
 
 from serve_apps.graph import AppArgs
+from serve_apps.placement import options
 
 FOLDER = ROOT / "jobs" / "kuberay"
 FILES = ("settings.yaml", "cluster.yaml", "job.yaml", "service.yaml")
@@ -128,8 +129,10 @@ def test_the_service_deploys_what_the_yaml_of_serve_apps_does() -> None:
     assert AppArgs(**app["args"]).version == "champion"
     address = kuberay.documents(FOLDER / "settings.yaml")[0]["data"]["MLFLOW_TRACKING_URI"]
     assert app["args"]["tracking_uri"] == address
-    placed = {d["name"]: d["ray_actor_options"]["resources"] for d in app["deployments"]}
-    assert {name: list(resources) for name, resources in placed.items()} == {"edge": ["edge"], "cloud": ["cloud"]}
+    assert app["args"]["pin"] == "always"
+    assert "deployments" not in app, "its options would stand in place of the code's"
+    for name in ("edge", "cloud"):
+        assert list(options(1, name, "always", {}, 1.0)["ray_actor_options"]["resources"]) == [name]
 
 
 def commands() -> list[list[str]]:
