@@ -41,7 +41,7 @@ ARGS = {
     "cloud_replicas": {
         "min": 1,
         "max": 2,
-        "target_ongoing_requests": 3,
+        "target_ongoing_requests": 0.5,
         "upscale_delay_s": 0.5,
         "downscale_delay_s": 2,
     },
