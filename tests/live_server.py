@@ -24,13 +24,14 @@ def kill(deployment: str) -> int:
 
 
 def main() -> None:
+    answers = sys.stdout  # what else is printed goes to standard error
     ready, args = Path(sys.argv[1]), AppArgs.model_validate_json(sys.argv[2])
     with ray_cluster(None, num_cpus=8), deployed(Flags(port=0), args) as url:
         part = ready.with_suffix(".part")
         part.write_text(url)
         part.rename(ready)
         for line in sys.stdin:
-            print(kill(line.split()[1]), flush=True)
+            print(kill(line.split()[1]), file=answers, flush=True)
 
 
 if __name__ == "__main__":

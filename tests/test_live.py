@@ -41,7 +41,7 @@ ARGS = {
     "cloud_replicas": {
         "min": 1,
         "max": 2,
-        "target_ongoing_requests": 3,
+        "target_ongoing_requests": 0.5,
         "upscale_delay_s": 0.5,
         "downscale_delay_s": 2,
     },
@@ -154,6 +154,8 @@ def server(model: TrainedModel, splits: Splits, tmp_path_factory: pytest.TempPat
         finally:
             process.kill()
             process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
     assert process.returncode == 0, log.read_text()
     assert TOKEN not in log.read_text()
 
@@ -195,18 +197,19 @@ class Load:
         """No request failed, and each answer is the one of the version and threshold that it names; returns those."""
         bad = [(status, answer) for _, status, answer in self.answers if status != 200 or answer["degraded"]]
         assert not bad, bad[:3]
-        named: dict[tuple[int, float | None], list[tuple[int, dict[str, Any]]]] = {}
+        named: dict[tuple[int, float | None, bool], list[tuple[int, dict[str, Any]]]] = {}
         for image, _, answer in self.answers:
-            key = (answer["model_version"], answer["policy"]["thresholds"][0])
+            policy = answer["policy"]
+            key = (answer["model_version"], policy["thresholds"][0], policy["edge_only"])
             named.setdefault(key, []).append((image, answer))
-        for (version, threshold), answers in named.items():
+        for (version, threshold, edge_only), answers in named.items():
             model = self.server.models[version]
-            policy = dataclasses.replace(model.policy, thresholds=(threshold,))
+            policy = dataclasses.replace(model.policy, thresholds=(threshold,), edge_only=edge_only)
             right = Cascade(model).classify(self.server.images, policy)
             for image, answer in answers:
                 expected = int(right.pred[image]), Exit(right.exit[image]).label
                 assert (answer["class_id"], answer["exit"]) == expected, (version, threshold, answer)
-        return set(named)
+        return {(version, threshold) for version, threshold, _ in named}
 
 
 def applied(server: Server, count: int = 12) -> set[tuple[int, float | None]]:
@@ -353,3 +356,7 @@ def test_edge_and_cloud_scale_up_and_down_apart(server: Server) -> None:
         assert len(server.replicas("cloud")) == 1, "the cloud has nothing to do with this load"
     load.check()
     assert reached(lambda: len(server.replicas("edge")) == 2)
+    with Load(server, "?threshold=-1").of(12) as load:
+        assert reached(lambda: len(server.replicas("cloud")) == 2)
+    load.check()
+    assert reached(lambda: len(server.replicas("edge")) == 2 and len(server.replicas("cloud")) == 1)
