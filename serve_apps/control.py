@@ -14,7 +14,6 @@ from ray import serve
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
 from meanet.errors import UserError
-from meanet.tracking import Tracker
 from serve_apps.director import Desired, Director, Orders, Outcome
 from serve_apps.rollout import Beat
 from serve_apps.settings import Settings
@@ -60,6 +59,8 @@ class Control:
         self._following: asyncio.Task[None] | None = None
 
     def _resolve(self, reference: str) -> int:
+        from meanet.tracking import Tracker  # brings MLflow and torch, which edge and cloud do without
+
         return Tracker(self._tracking_uri).version_of(reference)
 
     def _save(self, text: str) -> None:
