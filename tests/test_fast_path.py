@@ -43,7 +43,7 @@ class Both:
         async def answer(images: Any, wishes: Any) -> list[Answer]:
             return await ask(service, images, wishes)
 
-        replica = SimpleNamespace(_service=service, _answer=answer)
+        replica = SimpleNamespace(_service=service, answers=answer)
         monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(servable_object=replica))
         alone = copy.copy(api)
         alone.user_middleware, alone.middleware_stack = [], None

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from serve_apps.board import Board, ReplicaState, Report
 from serve_apps.exposition import exposition
-from serve_apps.http import Answer, AppliedPolicy, ExitName, Joules, Milliseconds
+from serve_apps.http import Answer, AppliedPolicy, ExitName, Joules, Milliseconds, ServedBy
 from serve_apps.status import status
 from serve_apps.tally import Counts, Histogram, Tally, kind_of
 
@@ -46,6 +46,7 @@ def answer(exit_: ExitName = "main", *, entropy: float | None = 0.2, cloud_ms: f
         ms=Milliseconds(edge=2.0, cloud=cloud_ms),
         model_version=3,
         policy=AppliedPolicy(id="abc", gate="margin", thresholds=[0.1], edge_only=False),
+        served_by=ServedBy(edge="here", cloud=None),
     )
 
 
