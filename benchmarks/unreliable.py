@@ -107,8 +107,8 @@ def unreliable(cloud: Any) -> Any:
     class Cloud(honest):  # type: ignore[misc]
         """As told by the folder's file."""
 
-        def __init__(self, *arguments: Any, **named: Any) -> None:
-            super().__init__(*arguments, **named)
+        async def __init__(self, *arguments: Any, **named: Any) -> None:
+            await super().__init__(*arguments, **named)
             self._folder = Path(os.environ[FOLDER])
             (self._folder / f"made-{os.getpid()}").write_text(str(time.monotonic()))
 

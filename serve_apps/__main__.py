@@ -31,7 +31,7 @@ from meanet.tracking import Tracker, store_uri
 from serve_apps import ingress
 from serve_apps.control import FOLLOW_S
 from serve_apps.graph import AppArgs, app
-from serve_apps.placement import replicas_of
+from serve_apps.placement import most, replicas_of
 from serve_apps.writes import Writes
 
 NAME = "meanet"
@@ -169,7 +169,9 @@ def main() -> None:
         engine=flags.engine,
         access_log=flags.access_log,
     )
-    with ingress_of(flags), ray_cluster(os.environ.get("RAY_ADDRESS") or None):
+    replicas = most(edge_replicas) + most(cloud_replicas)
+    cpus = max(2, os.cpu_count() or 1, replicas)  # a machine of one's own may have more replicas than cores
+    with ingress_of(flags), ray_cluster(os.environ.get("RAY_ADDRESS") or None, num_cpus=cpus):
         ready = threading.Event()
         stop = _stop_signal(ready)
         with deployed(flags, args) as url:

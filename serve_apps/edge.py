@@ -167,6 +167,9 @@ class EdgeService:
             for task in group:
                 if task.answer.done():  # nobody waits any more
                     continue
+                if task.deadline <= time.monotonic():
+                    done.append(_Failure([task], OverloadedError("the request's time was over while it waited", 0.1)))
+                    continue
                 try:
                     images.append(pixels_of(task))
                     sound.append(task)

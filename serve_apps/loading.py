@@ -83,12 +83,16 @@ class Loader:
         return loaded
 
     def _weights(self, folder: Path, file: str) -> str:
+        """What makes two versions' engines the same: weights, how images are scaled, and the files that are run."""
         name = engines.choose(folder, self.engine)
-        if name == "torch":
-            _one_thread()
         if not (folder / file).exists():
             raise UserError(f"{folder} is not a whole model ({file} is missing): register it again")
-        return f"{name} {engines.digest(folder / file)}"
+        parts = [name, engines.digest(folder / file), str(model_spec.read(folder).preprocessing)]
+        if name == "torch":
+            _one_thread()
+        elif exported := engines.Exported.read(folder):
+            parts += [f"{key}={value}" for key, value in sorted(exported.files.items())]
+        return " ".join(parts)
 
 
 @contextmanager

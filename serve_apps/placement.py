@@ -45,6 +45,11 @@ Replicas = int | Scaling
 """A fixed number, or a range."""
 
 
+def most(replicas: Replicas) -> int:
+    """How many there may come to be."""
+    return replicas if isinstance(replicas, int) else replicas.max
+
+
 def replicas_of(text: str, flag: str) -> Replicas:
     """`2`, or a range such as `1-4`.
 

@@ -3,7 +3,6 @@
 import dataclasses
 
 import pytest
-import torch
 
 from meanet import artifact
 from meanet.artifact import TrainedModel
@@ -16,7 +15,8 @@ from serve_apps.loading import Loader
 
 @pytest.fixture(scope="module")
 def loader(model: TrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Loader:
-    """A store with version 1; 2, its weights under another threshold; 3, weights that are not finite."""
+    """A store with version 1; 2, its weights under another threshold; 3, weights that are not finite; 4, other weights;
+    5, the weights of 1 with images scaled otherwise."""
     folder = tmp_path_factory.mktemp("registry")
     tracker = Tracker(f"sqlite:///{folder / 'mlflow.db'}")
     run = tracker.start_run("r", {}, {})
@@ -26,28 +26,38 @@ def loader(model: TrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Loa
     for name in ("meanet", "cloud"):
         state = getattr(model.networks, name).state_dict()
         getattr(networks, name).load_state_dict({key: value * float("nan") for key, value in state.items()})
-    for one in (model, other, dataclasses.replace(model, networks=networks)):
+    nudged = artifact.build_networks(model.recipe, model.preprocessing.image_shape, 10)
+    for name in ("meanet", "cloud"):
+        state = getattr(model.networks, name).state_dict()
+        getattr(nudged, name).load_state_dict({key: value + (value != 0) * 1e-3 for key, value in state.items()})
+    scaled = dataclasses.replace(model.preprocessing, mean=(0.5,))
+    for one in (
+        model,
+        other,
+        dataclasses.replace(model, networks=networks),
+        dataclasses.replace(model, networks=nudged),
+        dataclasses.replace(model, preprocessing=scaled),
+    ):
         tracker.register(one, run)
-    return Loader(tracker.uri, "node")
+    return Loader(tracker.uri, "auto", "node")
 
 
 def test_new_operating_point_shares_the_networks(loader: Loader) -> None:
     first = loader.edge(1, {})
     second = loader.edge(2, {1: first})
-    assert second.model.networks is first.model.networks
+    assert second.runtime.engine is first.runtime.engine
     assert (second.version, second.policy.thresholds) == (2, (0.123,))
     assert first.policy.thresholds != second.policy.thresholds
     assert first.node == "node"
     cloud = loader.cloud(1, {})
-    assert loader.cloud(2, {1: cloud}).model.networks is cloud.model.networks
+    assert loader.cloud(2, {1: cloud}).runtime.engine is cloud.runtime.engine
 
 
 def test_other_weights_are_not_shared(loader: Loader) -> None:
-    first = loader.edge(1, {})
-    with torch.no_grad():
-        for parameter in first.model.networks.meanet.parameters():
-            parameter.add_(1e-3)
-    assert loader.edge(2, {1: first}).model.networks is not first.model.networks
+    first, cloud = loader.edge(1, {}), loader.cloud(1, {})
+    for version in (4, 5):
+        assert loader.edge(version, {1: first}).runtime.engine is not first.runtime.engine
+        assert loader.cloud(version, {1: cloud}).runtime.engine is not cloud.runtime.engine
 
 
 def test_weights_that_say_nothing_are_refused(loader: Loader) -> None:

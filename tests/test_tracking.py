@@ -63,10 +63,10 @@ def test_download_gives_back_the_same_model(tracker: Tracker, versions: tuple[in
     assert downloaded.hard_classes == model.hard_classes
 
 
-def test_exported_engines_travel_with_the_version(
-    tracker: Tracker, run: str, model: TrainedModel, splits: Splits, tmp_path: Path
-) -> None:
+def test_exported_engines_travel_with_the_version(model: TrainedModel, splits: Splits, tmp_path: Path) -> None:
     """And the registered model answers by the one that is asked for."""
+    tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db")
+    run = tracker.start_run("r", {}, {})
     folder = artifact.save(model, tmp_path / "model")
     onnx_export.export(model, folder, splits, "onnx")
     version = tracker.register(model, run, folder)
@@ -80,7 +80,7 @@ def test_exported_engines_travel_with_the_version(
     for name, engine in (("auto", "OnnxEdge"), ("torch", "TorchEdge")):
         loaded = mlflow.pyfunc.load_model(place, model_config={"engine": name})
         assert loaded.predict(frame)["class_id"].tolist() == wanted
-        assert type(loaded._model_impl._edge._engine).__name__ == engine
+        assert type(loaded._model_impl._edge.engine).__name__ == engine
 
 
 def test_newest_version_is_candidate(tracker: Tracker, versions: tuple[int, ...]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_apps.http import Answer, AppliedPolicy, Joules, Milliseconds
+from serve_apps.http import Answer, AppliedPolicy, Joules, Milliseconds, ServedBy
 from serve_apps.v2 import RefusedError, model_metadata, read, respond
 
 LIMIT = 8
@@ -39,6 +39,7 @@ def answer(class_id: int, entropy: float | None = 0.5) -> Answer:
         ms=Milliseconds(edge=1, cloud=0),
         model_version=3,
         policy=AppliedPolicy(id="p", gate="margin", thresholds=[0.1], edge_only=False),
+        served_by=ServedBy(edge="here", cloud=None),
     )
 
 
