@@ -100,7 +100,7 @@ class AppArgs(BaseModel):
     pin: Pin = "auto"
     """Replicas take nodes that have the custom resource `edge` or `cloud`: auto = if the cluster has it."""
     engine: engines.Name = "auto"
-    """What runs the networks: torch, onnx, onnx_int8 (the cloud's in float32); auto takes the fastest that was kept."""
+    """What runs the networks: torch, onnx, onnx_int8 (the cloud's in float32); auto takes onnx, else torch."""
     num_cpus: float = 1.0
     """CPUs a replica reserves; each computes on one thread."""
     open_writes: bool = False

@@ -168,7 +168,7 @@ def without_int8(folder: Path) -> None:
 
 
 def test_the_best_that_there_is_is_chosen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [engines.choose(folder, name) for name in engines.NAMES] == ["onnx_int8", "torch", "onnx", "onnx_int8"]
+    assert [engines.choose(folder, name) for name in engines.NAMES] == ["onnx", "torch", "onnx", "onnx_int8"]
     without_int8(folder)
     assert engines.choose(folder) == "onnx"
     with pytest.raises(UserError, match=r"no engine onnx_int8 \(main loses 9.00 points\): choose one of onnx, torch"):

@@ -30,7 +30,8 @@ Pictures = NDArray[np.uint8]
 Logits = NDArray[np.float32]
 Name = Literal["auto", "torch", "onnx", "onnx_int8"]
 NAMES: tuple[Name, ...] = get_args(Name)
-"""What a config may choose; auto takes onnx_int8 where its accuracy passed, else onnx, else torch."""
+"""What a config may choose; auto takes onnx, else torch: thresholds are searched on float32 answers,
+and with onnx_int8 some samples, at the thresholds, go another way than was searched."""
 FORMAT = 1
 EXPORTED = "engines.json"
 EDGE_FILES: dict[Name, tuple[str, str]] = {
@@ -112,7 +113,7 @@ def choose(folder: Path, name: str = "auto") -> Name:
     has_runtime = find_spec("onnxruntime") is not None
     there = exported.engines if exported else ()
     if name == "auto":
-        return there[0] if there and has_runtime else "torch"
+        return "onnx" if "onnx" in there and has_runtime else "torch"
     if name == "torch":
         return "torch"
     if name not in there:
