@@ -56,7 +56,7 @@ class Flags:
     cloud_replicas: str = "1"
     """Replicas of the cloud's network, likewise."""
     engine: engines.Name = "auto"
-    """What runs the networks; auto takes onnx if it was exported at registration, else torch; onnx_int8 is for the asking."""
+    """What runs the networks; auto takes onnx if it was exported at registration, else torch, and never onnx_int8."""
     ingress: Literal["haproxy", "default"] = "haproxy"
     """Of a local cluster: HAProxy, or Ray Serve's own proxy, which costs several times as much a request."""
     open_writes: bool = False

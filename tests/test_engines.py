@@ -203,7 +203,7 @@ def test_a_file_that_is_not_what_was_exported_is_named(folder: Path, name: str, 
     if damage == "gone":
         path.unlink()
     with pytest.raises(UserError, match=re.escape(f"{path} is not the file that was exported")):
-        engines.open_edge(folder)
+        engines.open_edge(folder, "onnx_int8")
     assert not exported_already(folder, "int8")
     assert engines.open_edge(folder, "onnx")
 
