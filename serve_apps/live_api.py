@@ -33,7 +33,7 @@ def _live() -> LiveEdge:
 
 
 Live = Annotated[LiveEdge, Depends(_live)]
-Wait = Annotated[float, Query(ge=0, le=600, allow_inf_nan=False, description="How long to wait for all replicas, s.")]
+Wait = Annotated[float, Query(ge=0, le=50, allow_inf_nan=False, description="How long to wait for all replicas, s.")]
 
 
 class PolicyBody(BaseModel):
@@ -123,7 +123,7 @@ async def get_version(live: Live) -> dict[str, Any]:
 
 
 @router.put("/v1/version", openapi_extra=_body_of(VersionBody.model_json_schema()))
-async def put_version(request: Request, response: Response, live: Live, wait_s: Wait = 60.0) -> dict[str, Any]:
+async def put_version(request: Request, response: Response, live: Live, wait_s: Wait = 30.0) -> dict[str, Any]:
     """Serve another version, with no request lost on the way, or follow an alias."""
     body = _checked(VersionBody, await _written(request, live))
     change = live.control.change_version.remote(str(body.version), wait_s)

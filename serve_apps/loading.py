@@ -5,10 +5,15 @@ A version is fetched in a process of its own (`python -m serve_apps.loading URI 
 takes hundreds of megabytes and seconds of the interpreter, which a replica that answers has no use for.
 """
 
+import contextlib
+import fcntl
+import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 
 from meanet import engines, model_spec
 from meanet.errors import UserError, exit_on_user_error
@@ -23,6 +29,8 @@ from meanet.preprocessing import Preprocessing
 from meanet.runtime import CloudRuntime, Images
 from serve_apps.cloud_calls import CloudRequest
 from serve_apps.served import Served
+
+_KEPT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -97,18 +105,55 @@ class Loader:
 
 @contextmanager
 def fetched(tracking_uri: str, version: int) -> Iterator[Path]:
-    """The model's folder of a version, while the block runs.
+    """The model's folder of a version, while the block runs: fetched once for all replicas of a machine that want it
+    at about the same time.
 
     Raises:
         UserError: it cannot be fetched.
     """
-    with tempfile.TemporaryDirectory(prefix="meanet-version-") as folder:
-        words = [sys.executable, "-m", "serve_apps.loading", tracking_uri, str(version), folder]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
-        if done.returncode:
-            raise UserError(f"version {version} cannot be fetched from {tracking_uri}: {done.stderr.strip()[-1000:]}")
-        yield Path(done.stdout.splitlines()[-1])
+    name = f"{hashlib.sha256(tracking_uri.encode()).hexdigest()[:16]}-{version}"
+    with _shared_place() as place, (place / f"{name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait for the first
+        _forget_old(place)
+        done = place / f"{name}.done"
+        if not done.exists():
+            shutil.rmtree(place / name, ignore_errors=True)
+            (place / name).mkdir()
+            done.write_text(_fetch(tracking_uri, version, place / name))
+        yield Path(done.read_text())
+
+
+def _fetch(tracking_uri: str, version: int, folder: Path) -> str:
+    words = [sys.executable, "-m", "serve_apps.loading", tracking_uri, str(version), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode:
+        raise UserError(f"version {version} cannot be fetched from {tracking_uri}: {done.stderr.strip()[-1000:]}")
+    return done.stdout.splitlines()[-1]
+
+
+@contextmanager
+def _shared_place() -> Iterator[Path]:
+    """A folder of this cluster's on this machine, which goes with it; outside a cluster, of this call's."""
+    node: Any = ray._private.worker._global_node
+    if node is None:
+        with tempfile.TemporaryDirectory(prefix="meanet-versions-") as folder:
+            yield Path(folder)
+    else:
+        place = Path(node.get_session_dir_path()) / "meanet-versions"
+        place.mkdir(mode=0o700, exist_ok=True)
+        yield place
+
+
+def _forget_old(place: Path) -> None:
+    """Versions that were fetched a while ago, and that nobody reads: whoever wanted them has them."""
+    for done in place.glob("*.done"):
+        if time.time() - done.stat().st_mtime < _KEPT_S:
+            continue
+        with done.with_suffix(".lock").open("a") as lock, contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(place / done.stem, ignore_errors=True)
+            done.unlink(missing_ok=True)
 
 
 def _one_thread() -> None:
