@@ -153,6 +153,14 @@ def test_each_request_keeps_its_own_deadline(model: TrainedModel, bodies: list[b
     assert all(answer.exit == "cloud" and not answer.degraded for answer in two)
 
 
+async def until(what: Callable[[], bool]) -> None:
+    """A busy machine takes its time."""
+    deadline = time.monotonic() + 10
+    while not what():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+
+
 def test_breaker_opens_lets_nobody_wait_and_closes_by_itself(model: TrainedModel, bodies: list[bytes]) -> None:
     policy = model.policy.with_request(threshold=ALL_TO_CLOUD)
     down, asked = [True], [0]
@@ -164,7 +172,7 @@ def test_breaker_opens_lets_nobody_wait_and_closes_by_itself(model: TrainedModel
         return await honest(model)(request)
 
     async def run() -> None:
-        settings = Settings(cloud_budget_s=0.1, breaker_failures=2, breaker_open_s=0.3)
+        settings = Settings(cloud_budget_s=0.1, breaker_failures=2, breaker_open_s=1.0)
         service = EdgeService(Served.of(model, 1), cloud, settings)
         for _ in range(2):
             (answer,) = await service.answer(bodies[:1], policy)
@@ -174,19 +182,16 @@ def test_breaker_opens_lets_nobody_wait_and_closes_by_itself(model: TrainedModel
         got = await service.answer(bodies[:50], policy)
         assert {answer.reason for answer in got} == {"cloud circuit open"}
         assert all(answer.joules.upload == 0 for answer in got), "nothing was sent"
-        assert (time.monotonic() - started, asked[0]) < (0.3, before + 1)
-        await asyncio.sleep(0.3)
+        assert (time.monotonic() - started, asked[0]) < (1.0, before + 1)
+        await asyncio.sleep(1.0)
         got = await service.answer(bodies[:50], policy)  # carries a probe, which hangs, beside the answers
         assert {answer.reason for answer in got} == {"cloud circuit open"}
-        await asyncio.sleep(0.05)  # it may take a thread
-        assert asked[0] == before + 1
-        await asyncio.sleep(0.15)
-        assert service.breaker.state == "open", "the probe failed"
+        await until(lambda: asked[0] == before + 1)  # it may take a thread
+        await until(lambda: service.breaker.state == "open")  # the probe failed
         down[0] = False
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(1.0)
         await service.answer(bodies[:1], policy)
-        await asyncio.sleep(0.05)
-        assert service.breaker.state == "closed"
+        await until(lambda: service.breaker.state == "closed")
         assert not (await service.answer(bodies[:1], policy))[0].degraded
 
     asyncio.run(run())
@@ -254,8 +259,7 @@ def test_cancelled_call_is_a_failure_and_a_cancelled_probe_is_over(model: Traine
         cancels[0] = False
         await asyncio.sleep(0.15)
         await service.answer(bodies[:1], policy)
-        await asyncio.sleep(0.1)
-        assert service.breaker.state == "closed"
+        await until(lambda: service.breaker.state == "closed")
 
     asyncio.run(run())
 
