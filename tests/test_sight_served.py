@@ -14,7 +14,7 @@ from meanet.data import Splits
 from meanet.preprocessing import encode_png
 from meanet.tracking import Tracker
 
-pytestmark = [pytest.mark.cluster, pytest.mark.served]
+pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture(scope="module")
