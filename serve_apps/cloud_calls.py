@@ -73,6 +73,8 @@ class CloudCalls:
         self.breaker = Breaker(settings.breaker_failures, settings.breaker_open_s)
         self._ask, self._settings, self._observer = ask, settings, observer
         self._under_way = 0
+        self.away = 0
+        """Samples that wait for the cloud."""
         self._waiting: set[asyncio.Task[None]] = set()
 
     def configure(self, settings: Settings) -> None:
@@ -125,6 +127,7 @@ class CloudCalls:
         limits = {int(row): self._limit(batch.tasks[row], started) for row in rows}
         TRACEPARENT.set(next((batch.tasks[row].traceparent for row in rows if batch.tasks[row].traceparent), None))
         call: asyncio.Future[CloudAnswer] | None = None
+        self.away += len(rows)
         try:
             if max(limits.values()) <= started:
                 await self._answer_alone(batch, rows, 0.0, "no time for the cloud")
@@ -150,6 +153,7 @@ class CloudCalls:
             await self._failed(batch, list(limits), error, started)
         finally:
             self._under_way -= 1
+            self.away -= len(rows)
             if call is not None:
                 call.cancel()
 

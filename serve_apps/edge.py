@@ -23,6 +23,8 @@ from serve_apps.served import Served
 from serve_apps.settings import Settings
 
 MAX_MICRO_BATCH = 64
+_QUEUE_SHARE = 0.5
+"""Of a request's time, what it may wait for the blocks: the rest is for its own pass, the cloud, and errors."""
 
 
 class OverloadedError(Exception):
@@ -141,6 +143,25 @@ class EdgeService:
             for task in tasks:
                 task.answer.cancel()
 
+    @property
+    def away(self) -> int:
+        """Images that wait for the cloud."""
+        return self._cloud.away
+
+    def full(self) -> tuple[str, float]:
+        """Why no more requests should be read now, and after how many seconds there may be room; ("", 0) = read on."""
+        queued = self._batcher.queued
+        wait = self._pace.wait(queued, MAX_MICRO_BATCH)
+        if queued >= self._settings.max_queued:
+            return f"{queued} images wait and the limit is {self._settings.max_queued}", wait
+        if wait > _QUEUE_SHARE * min(1.0, self._settings.deadline_s):
+            return f"{queued} images wait, which takes {wait:.2f} s", wait
+        return "", 0.0
+
+    def refused(self, reason: str) -> None:
+        """Somebody has refused a request for us."""
+        self._observer.refused(reason)
+
     def _admit(self, count: int, deadline: float) -> None:
         """Refuse what would wait too long, before anything is spent on it."""
         left_s = deadline - time.monotonic()
@@ -150,8 +171,8 @@ class EdgeService:
         wait = self._pace.wait(queued, MAX_MICRO_BATCH)  # of those ahead; how long its own take is not known
         if queued and queued + count > self._settings.max_queued:
             raise self._overloaded(f"{queued} images wait and the limit is {self._settings.max_queued}", wait)
-        if wait > left_s:
-            raise self._overloaded(f"{queued} images wait, which takes {wait:.2f} s", wait - left_s)
+        if wait > _QUEUE_SHARE * left_s:
+            raise self._overloaded(f"{queued} images wait, which takes {wait:.2f} s", wait)
 
     def _overloaded(self, why: str, retry_after_s: float) -> OverloadedError:
         self._observer.refused("overloaded")

@@ -1,35 +1,57 @@
 """Refuses a request before its body is read, where reading it would make others late or memory scarce.
 
-What a replica's event loop cannot keep up with waits in sockets, where no deadline is looked at: so the loop's own
-delay is watched, and while it is behind, what arrives is answered 503 at once. Bodies in hand are counted in bytes.
+Cheap looks: how long what is in hand will take at the rate at which answers have gone out of late; how long what waits
+for the blocks will; how far the event loop is behind; and how many connections wait to be accepted, for where all of a
+core goes into answers they are what grows, and no deadline knows of them. Bodies in hand are counted in bytes. The gate
+stands before Serve's own handling of a request (`serve_apps.front`), which costs ten times what a refusal does.
 """
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_apps.backlog import Backlog
+from serve_apps.edge import EdgeService
 from serve_apps.http import MAX_BATCH_BYTES
 
 MAX_LAG_S = 0.15
 """How far the loop may be behind; a request of a second's deadline then still has most of it."""
+MAX_WAIT_S = 0.25
+"""How long what is in hand may take."""
+MAX_BACKLOG = 128
+"""Connections that wait to be accepted; a refusal takes a fraction of a millisecond, so that these are soon through."""
 ALWAYS = 16
 """Requests that are in hand however far it is: a machine that stalls for a moment is not overloaded."""
 MAX_BYTES = 256 * 2**20
 """Of bodies in hand."""
 _BEAT_S = 0.02
-_REFUSAL = json.dumps({"detail": "overloaded: this replica is behind; try again later"}).encode()
-_HEADERS = [(b"content-type", b"application/json"), (b"retry-after", b"1"), (b"content-length", b"%d" % len(_REFUSAL))]
+_KEPT = 0.95
+"""Of what was learned, from beat to beat: about the last half second counts."""
+_LEARNED_S = 0.2
+"""Of work at full load, before it says anything."""
+_LONGEST_BEAT_S = 0.1
+"""As it counts: a machine that has stalled says nothing of the rate."""
+_PASSED = "meanet.gate"
+"""In the scope of a request that has been let through."""
 
 
 class Gate:
     """ASGI middleware, outermost; one for each replica."""
 
-    def __init__(self, app: ASGIApp, clock: Callable[[], float] = time.monotonic) -> None:
-        self._app, self._clock = app, clock
+    def __init__(
+        self, app: ASGIApp, service: Callable[[], EdgeService], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`service` is asked for at each request: a replica has it only once it is up."""
+        self._app, self._service, self._clock = app, service, clock
         self._requests = self._bytes = 0
+        self._pace = _Rate()
+        self._backlog: Backlog | None = None
+        self._beaten = 0.0
         self._due: float | None = None
         """When the loop is to say that it keeps up; None while nothing is in hand."""
 
@@ -40,22 +62,46 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on, or refuse."""
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] != "http" or scope["method"] != "POST" or _PASSED in scope:
             await self._app(scope, receive, send)
             return
         held = _Held(self, receive, _announced(scope))
-        if self._is_behind() or self._bytes + held.size > MAX_BYTES:
-            await _refuse(send)
+        service = self._service()
+        if self._backlog is None:
+            self._backlog = Backlog((scope.get("server") or (None, None))[1])
+        why, seconds = self._full(service, held.size)
+        if why:
+            service.refused("overloaded")
+            await _refuse(send, why, seconds)
             return
+        scope[_PASSED] = True
         self._begin(held.size)
         try:
             await self._app(scope, held.receive, send)
         finally:
             self._requests -= 1
             self._bytes -= held.size
+            self._pace.answered += 1
 
-    def _is_behind(self) -> bool:
-        return self._requests >= ALWAYS and self.lag_s > MAX_LAG_S
+    def _full(self, service: EdgeService, size: int) -> tuple[str, float]:
+        """Why not, and after how long there may be room; "" = there is."""
+        if self._bytes + size > MAX_BYTES:
+            return f"bodies of {self._bytes} bytes are in hand and the limit is {MAX_BYTES}", _BEAT_S
+        if self._requests < ALWAYS:
+            return "", 0.0
+        lag = self.lag_s
+        if lag > MAX_LAG_S:
+            return f"this replica is behind by {lag:.2f} s", lag
+        here = self._here(service)
+        if here >= ALWAYS and (wait := self._pace.seconds(here)) > MAX_WAIT_S:
+            return f"{here} requests are in hand, which takes {wait:.2f} s", wait
+        if self._backlog is not None and (waiting := len(self._backlog)) > MAX_BACKLOG:
+            return f"{waiting} connections wait to be accepted", lag
+        return service.full()
+
+    def _here(self, service: EdgeService) -> int:
+        """Requests in hand that do not wait for the cloud."""
+        return self._requests - min(self._requests, service.away)
 
     def _begin(self, size: int) -> None:
         self._requests += 1
@@ -64,15 +110,41 @@ class Gate:
             self._beat()
 
     def _beat(self) -> None:
+        now = self._clock()
+        if self._due is not None:
+            self._pace.passed(now - self._beaten, busy=self._here(self._service()) >= ALWAYS)
+        self._beaten = now
         if not self._requests:
             self._due = None
             return
-        self._due = self._clock() + _BEAT_S
+        self._due = now + _BEAT_S
         asyncio.get_running_loop().call_later(_BEAT_S, self._beat)
 
     def more(self, size: int) -> None:
         """Bytes have come that were not announced."""
         self._bytes += size
+
+
+@dataclass
+class _Rate:
+    """At which requests are answered while many are in hand: learned, and soon forgotten."""
+
+    answered: int = 0
+    """Since the last beat."""
+    _all: float = 0.0
+    _seconds: float = 0.0
+
+    def passed(self, seconds: float, *, busy: bool) -> None:
+        """A beat is over."""
+        self._all, self._seconds = _KEPT * self._all, _KEPT * self._seconds
+        if busy:
+            self._all += self.answered
+            self._seconds += min(seconds, _LONGEST_BEAT_S)
+        self.answered = 0
+
+    def seconds(self, requests: int) -> float:
+        """That so many take; 0 where nothing is known."""
+        return requests * self._seconds / max(self._all, 0.5) if self._seconds > _LEARNED_S else 0.0
 
 
 class _Held:
@@ -99,6 +171,12 @@ def _announced(scope: Scope) -> int | None:
     return None
 
 
-async def _refuse(send: Send) -> None:
-    await send({"type": "http.response.start", "status": 503, "headers": _HEADERS})
-    await send({"type": "http.response.body", "body": _REFUSAL})
+async def _refuse(send: Send, why: str, seconds: float) -> None:
+    body = json.dumps({"detail": f"overloaded: {why}; try again later"}).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"retry-after", b"%d" % max(1, math.ceil(seconds))),
+    ]
+    await send({"type": "http.response.start", "status": 503, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -25,7 +25,7 @@ from starlette.middleware import Middleware
 
 from meanet import engines
 from meanet.runtime import Images
-from serve_apps import events, gate, invocations, live_api, sight_api, v2
+from serve_apps import events, front, gate, invocations, live_api, sight_api, v2
 from serve_apps.cloud_calls import CloudAnswer, CloudRequest
 from serve_apps.control import FOLLOW_S, Control
 from serve_apps.edge import EdgeService
@@ -54,21 +54,14 @@ from serve_apps.watched import Watched
 from serve_apps.writes import Writes
 
 
-def _service_here() -> EdgeService:
-    """Of the replica that this process is."""
-    replica: Any = serve.get_replica_context().servable_object
-    service: EdgeService = replica._service
-    return service
-
-
 def _made() -> FastAPI:
     made = FastAPI(
         title="MEANet",
         description="Images in, classes out; each answer says which exit gave it.",
         middleware=[
             Middleware(Watched, events=events.Events(), tracing=sight_api.tracing, echo=False),  # Serve hands ids back
-            Middleware(gate.Gate),
-            Middleware(FastPath, service=_service_here),
+            Middleware(gate.Gate, service=front.service_here),  # passes on what front's has passed
+            Middleware(FastPath, service=front.service_here),
         ],
     )
     for part in (live_api, sight_api):  # included as routers they hold a lock, and Serve pickles the app

@@ -59,6 +59,7 @@ def variables(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(_IDLE_S),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 2) // 2))),
+        "RAY_worker_niceness": "0",  # Ray's own 15 is for work in the background; answering is not
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": str(_CONTROL_S),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + _REPLICA_PORTS),

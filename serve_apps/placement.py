@@ -41,6 +41,8 @@ class Scaling(BaseModel):
 
 
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
+_FRONT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_apps.front.middlewares"}
+"""Of edge replicas."""
 Replicas = int | Scaling
 """A fixed number, or a range."""
 
@@ -80,7 +82,8 @@ def options(
         resources: of the cluster.
         num_cpus: that a replica reserves.
     """
-    actor: dict[str, Any] = {"num_cpus": num_cpus, "runtime_env": {"env_vars": dict(_ENVIRONMENT)}}
+    variables = {**_ENVIRONMENT, **(_FRONT if place == "edge" else {})}
+    actor: dict[str, Any] = {"num_cpus": num_cpus, "runtime_env": {"env_vars": variables}}
     if pin == "always" or (pin == "auto" and resources.get(place, 0) > 0):
         actor["resources"] = {place: _SHARE}
     if isinstance(replicas, int):

@@ -1,13 +1,30 @@
 """What a replica that is behind refuses, before it reads a body."""
 
 import asyncio
+import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from serve_apps import gate
-from serve_apps.gate import ALWAYS, MAX_BYTES, MAX_LAG_S, Gate
+from serve_apps import front, gate
+from serve_apps.backlog import Backlog
+from serve_apps.gate import ALWAYS, MAX_BACKLOG, MAX_BYTES, MAX_LAG_S, MAX_WAIT_S, Gate
+
+
+class Edge:
+    """What the gate asks of the service."""
+
+    def __init__(self) -> None:
+        self.away, self.answer, self.refusals = 0, ("", 0.0), list[str]()
+
+    def full(self) -> tuple[str, float]:
+        return self.answer
+
+    def refused(self, reason: str) -> None:
+        self.refusals.append(reason)
 
 
 class App:
@@ -23,7 +40,9 @@ class App:
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
 
-async def ask(through: Gate, body: bytes = b"abc", announced: int | None = 3, method: str = "POST") -> Any:
+async def ask(
+    through: Gate, body: bytes = b"abc", announced: int | None = 3, method: str = "POST", port: int | None = None
+) -> Any:
     """(status, headers) of the answer."""
     sent: list[Message] = []
 
@@ -34,14 +53,23 @@ async def ask(through: Gate, body: bytes = b"abc", announced: int | None = 3, me
         sent.append(message)
 
     headers = [(b"accept", b"*/*")] + ([(b"content-length", b"%d" % announced)] if announced is not None else [])
-    await through({"type": "http", "method": method, "headers": headers}, receive, send)
+    await through(scope_of(headers, method, port), receive, send)
     return sent[0]["status"], dict(sent[0]["headers"])
+
+
+def scope_of(headers: list[tuple[bytes, bytes]], method: str = "POST", port: int | None = None) -> Scope:
+    return {"type": "http", "method": method, "headers": headers, "server": ("127.0.0.1", port)}
+
+
+def gate_of(app: App, edge: Edge, now: list[float] | None = None) -> Gate:
+    service: Any = edge
+    return Gate(app, lambda: service, clock=(lambda: now[0]) if now else time.monotonic)
 
 
 def run(test: Callable[[App, Gate, list[float]], Any]) -> None:
     async def inside() -> None:
         app, now = App(), [0.0]
-        await test(app, Gate(app, clock=lambda: now[0]), now)
+        await test(app, gate_of(app, Edge(), now), now)
 
     asyncio.run(inside())
 
@@ -117,3 +145,111 @@ def test_nothing_ticks_while_nothing_is_in_hand() -> None:
         assert through.lag_s == 0.0
 
     run(test)
+
+
+def test_what_the_blocks_cannot_do_in_time_is_not_read() -> None:
+    async def test() -> None:
+        app, edge = App(), Edge()
+        through = gate_of(app, edge)
+        tasks = await in_hand(app, through, ALWAYS)
+        edge.answer = ("512 images wait", 2.3)
+        assert await ask(through) == (
+            503,
+            {b"content-type": b"application/json", b"content-length": b"58", b"retry-after": b"3"},
+        )
+        assert (len(app.read), edge.refusals) == (ALWAYS, ["overloaded"])
+        edge.answer = ("", 0.0)
+        app.may_answer.set()
+        assert (await ask(through))[0] == 200
+        await asyncio.gather(*tasks)
+
+    asyncio.run(test())
+
+
+def test_the_rate_of_answers_bounds_what_is_in_hand() -> None:
+    rate = gate._Rate()
+    assert rate.seconds(1000) == 0.0, "nothing is known"
+    for _ in range(100):  # 4 answers a beat at full load: 200 a second
+        rate.answered = 4
+        rate.passed(0.02, busy=True)
+    assert 0.24 < rate.seconds(50) < 0.26
+    rate.answered = 1
+    rate.passed(0.02, busy=False)
+    assert 0.24 < rate.seconds(50) < 0.26, "a beat with little in hand says nothing of the rate"
+    for _ in range(100):
+        rate.passed(0.02, busy=False)
+    assert rate.seconds(1000) == 0.0, "and in time all is forgotten"
+
+
+def test_requests_that_wait_for_the_cloud_are_not_in_hand() -> None:
+    async def test() -> None:
+        app, edge = App(), Edge()
+        through = gate_of(app, edge)
+        tasks = await in_hand(app, through, 2 * ALWAYS)
+        through._pace = slow = gate._Rate()
+        slow._all, slow._seconds = 1.0, 1.0  # one answer a second
+        assert 2 * ALWAYS > MAX_WAIT_S
+        assert (await ask(through))[0] == 503
+        edge.away = ALWAYS + 1
+        app.may_answer.set()
+        assert (await ask(through))[0] == 200, "the cloud takes their time, not this replica"
+        await asyncio.gather(*tasks)
+
+    asyncio.run(test())
+
+
+def test_connections_that_wait_to_be_accepted_are_counted_and_refused() -> None:
+    async def test() -> None:
+        app, edge = App(), Edge()
+        with socket.create_server(("127.0.0.1", 0), backlog=2 * MAX_BACKLOG) as listener:
+            port = listener.getsockname()[1]
+            waiting = [socket.create_connection(("127.0.0.1", port)) for _ in range(MAX_BACKLOG)]
+            backlog = Backlog(port)
+            assert len(backlog) == MAX_BACKLOG
+            through = gate_of(app, edge)
+            tasks = [asyncio.ensure_future(ask(through, port=port)) for _ in range(ALWAYS)]
+            while len(app.read) < ALWAYS:
+                await asyncio.sleep(0)
+            waiting.append(socket.create_connection(("127.0.0.1", port)))
+            assert (await ask(through, port=port))[0] == 503
+            listener.accept()[0].close()
+            app.may_answer.set()
+            assert (await ask(through, port=port))[0] == 200
+            await asyncio.gather(*tasks)
+            listener.close()
+            assert len(backlog) == 0, "the server has ended"
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", port))
+            for connection in waiting:
+                connection.close()
+
+    asyncio.run(test())
+    assert len(Backlog(None)) == 0
+
+
+def test_what_the_front_has_passed_the_application_does_not_ask_again() -> None:
+    async def test() -> None:
+        app, edge = App(), Edge()
+        inner = gate_of(app, edge)
+        outer = Gate(inner, inner._service)
+        app.may_answer.set()
+        assert (await ask(outer))[0] == 200
+        assert inner._backlog is None, "it has looked at nothing"
+
+    asyncio.run(test())
+
+
+def test_serve_is_told_not_to_watch_for_the_going_of_one_image() -> None:
+    async def test() -> None:
+        seen: list[Scope] = []
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            seen.append(scope)
+
+        through: Any = front.Unwatched(app)
+        for path in ("/v1/classify", "/v1/classify/batch"):
+            await through({"type": "http", "path": path, "headers": []}, None, None)
+        assert [bool(scope["headers"]) for scope in seen] == [True, False]
+
+    asyncio.run(test())
+    assert [one.cls for one in front.middlewares()] == [front.Unwatched, Gate]
