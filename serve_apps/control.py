@@ -1,4 +1,4 @@
-"""The deployment that holds what all replicas are to be like; no request passes through it.
+"""The deployment that holds what all replicas are to be like, and what they have counted; no request passes through it.
 
 What operators put is kept in Ray's internal key-value store, under a key of this build of the application: it lives as
 long as the cluster that it describes, is there when MLflow is not, and a restart of this replica finds it again.
@@ -14,6 +14,7 @@ from ray import serve
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
 from meanet.errors import UserError
+from serve_apps.board import Board, Report, View
 from serve_apps.director import Desired, Director, Orders, Outcome
 from serve_apps.rollout import Beat
 from serve_apps.settings import Settings
@@ -55,6 +56,7 @@ class Control:
         first = int(time.time())  # no build's revisions are another's
         start = Desired.from_json(kept.decode()) if kept else Desired(first, reference, version, None, Settings())
         self._director = Director(start, self._resolve, self._save)
+        self._board = Board()
         self._follow_s = FOLLOW_S
         self._following: asyncio.Task[None] | None = None
 
@@ -86,6 +88,15 @@ class Control:
     async def beat(self, beat: Beat) -> Orders:
         """A replica reports, and waits a moment for news."""
         return await self._director.hear(beat)
+
+    async def report(self, report: Report) -> None:
+        """Take an edge replica's counts."""
+        self._board.report(report)
+
+    async def board(self, report: Report) -> View:
+        """Take them, and give what all edge replicas have counted."""
+        self._board.report(report)
+        return self._board.view()
 
     async def view(self) -> dict[str, Any]:
         """All that is known."""

@@ -106,12 +106,13 @@ class Director:
         wanted = self.desired
         return Orders(wanted.revision, wanted.version, self.plan.hold, wanted.policy, wanted.settings)
 
-    async def hear(self, beat: Beat, wait_s: float = 1.0) -> Orders:
+    async def hear(self, beat: Beat, wait_s: float = 2.0) -> Orders:
         """A replica reports; it is answered as soon as there is news for it, after `wait_s` at the latest."""
         self.plan.hear(beat)
         self._step()
         if not beat.busy and beat.revision == self.desired.revision:
-            await self._until(lambda: (self.desired.revision, self.plan.hold) != (beat.revision, beat.told), wait_s)
+            known = beat.revision, beat.told
+            await self._until(lambda: (self.desired.revision, self.plan.hold) != known, wait_s, look_s=0.5)
         return self.orders()
 
     # Changes
@@ -244,7 +245,7 @@ class Director:
         self._moved.set()
         self._moved = asyncio.Event()
 
-    async def _until(self, reached: Callable[[], bool], wait_s: float) -> bool:
+    async def _until(self, reached: Callable[[], bool], wait_s: float, look_s: float = 0.2) -> bool:
         """Wait for something that reports and changes bring about; whether it came in time."""
         deadline = self._clock() + wait_s
         while not reached():
@@ -253,7 +254,7 @@ class Director:
                 return False
             moved = self._moved
             try:
-                await asyncio.wait_for(moved.wait(), min(left, 0.2))  # replicas fall silent without a notice
+                await asyncio.wait_for(moved.wait(), min(left, look_s))  # replicas fall silent without a notice
             except TimeoutError:
                 self._step()
         return True

@@ -127,7 +127,7 @@ class Edge:
     """The edge device: answers what it can, asks the cloud for the rest."""
 
     async def __init__(  # type: ignore[misc]  # Ray awaits it
-        self, links: Links, cloud: DeploymentHandle[Any], writes: Writes, board: DeploymentHandle[Any], access_log: bool
+        self, links: Links, cloud: DeploymentHandle[Any], writes: Writes, access_log: bool
     ) -> None:
         async def ask_cloud(request: CloudRequest) -> CloudAnswer:
             answer: CloudAnswer = await cloud.classify.remote(request, traceparent())
@@ -139,7 +139,7 @@ class Edge:
         self.sight = sight_api.started(
             self._service,
             tally,
-            board,
+            links.control,
             access_log=access_log,
             gauges=self.live_edge.gauges,
             moving=lambda: self.live_edge.budget_moves,
@@ -287,5 +287,5 @@ def app(args: AppArgs) -> serve.Application:
     links = Links(args.tracking_uri, version, args.engine, control)
     cloud = cloud_deployment.options(**options(args.cloud_replicas, "cloud", args.pin, resources, args.num_cpus))
     edge = edge_deployment.options(**options(args.edge_replicas, "edge", args.pin, resources, args.num_cpus))
-    graph: serve.Application = edge.bind(links, cloud.bind(links), writes, sight_api.board(), args.access_log)
+    graph: serve.Application = edge.bind(links, cloud.bind(links), writes, args.access_log)
     return graph

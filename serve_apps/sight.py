@@ -18,7 +18,7 @@ from serve_apps.page import page
 from serve_apps.status import status
 from serve_apps.tally import Tally
 
-REPORT_S = 0.5
+REPORT_S = 1.0
 """How often a replica reports."""
 _PATIENCE_S = 0.5
 """How long the board is waited for."""

@@ -1,4 +1,4 @@
-"""Sight on Ray Serve: the board as a deployment, and the routes that show what it knows."""
+"""Sight on Ray Serve: the way to the board, and the routes that show what it knows."""
 
 import asyncio
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from ray.serve.handle import DeploymentHandle
 
 from meanet.errors import UserError
 from serve_apps import events, traces
-from serve_apps.board import Board, Report, View
+from serve_apps.board import Report, View
 from serve_apps.edge import EdgeService
 from serve_apps.http import MAX_IMAGE_BYTES, ONE_IMAGE, Wishes, read_body
 from serve_apps.sight import Sight
@@ -21,42 +21,18 @@ _SERVICE = "meanet-edge"
 """In traces, unless OTEL_SERVICE_NAME says otherwise."""
 
 
-@serve.deployment(name="board", num_replicas=1, max_ongoing_requests=1024, ray_actor_options={"num_cpus": 0})
-class SharedBoard:
-    """What all edge replicas have counted; they answer without it."""
-
-    def __init__(self) -> None:
-        self._board = Board()
-
-    async def report(self, report: Report) -> None:
-        """Take a replica's counts."""
-        self._board.report(report)
-
-    async def view(self, report: Report) -> View:
-        """Take them, and give what all have."""
-        self._board.report(report)
-        return self._board.view()
-
-
 class _Link:
-    """The shared board, as a replica reaches it."""
+    """The board that `control` keeps, as a replica reaches it."""
 
-    def __init__(self, board: DeploymentHandle[Any]) -> None:
-        self._board = board
+    def __init__(self, control: DeploymentHandle[Any]) -> None:
+        self._control = control
 
     async def report(self, report: Report) -> None:
-        await self._board.report.remote(report)
+        await self._control.report.remote(report)
 
     async def view(self, report: Report) -> View:
-        view: View = await self._board.view.remote(report)
+        view: View = await self._control.board.remote(report)
         return view
-
-
-def board() -> serve.Application:
-    """The board, to be bound to the edge."""
-    deployment: Any = SharedBoard  # what the decorator makes of the class
-    bound: serve.Application = deployment.bind()
-    return bound
 
 
 def tracing() -> traces.Tracing | None:
@@ -67,7 +43,7 @@ def tracing() -> traces.Tracing | None:
 def started(
     service: EdgeService,
     tally: Tally,
-    shared: DeploymentHandle[Any],
+    control: DeploymentHandle[Any],
     *,
     access_log: bool = False,
     gauges: Callable[[], dict[str, float]] = dict,
@@ -78,14 +54,14 @@ def started(
     Args:
         service: that the replica answers with.
         tally: the service's observer.
-        shared: the board's handle.
+        control: the handle of what keeps the board.
         access_log: a line for each request.
         gauges: see `Sight`.
         moving: see `Sight`.
     """
     replica = serve.get_replica_context().replica_id.unique_id
     events.set_up(replica, access=access_log)
-    sight = Sight(replica, service, tally, events.Events(), link=_Link(shared), gauges=gauges, moving=moving)
+    sight = Sight(replica, service, tally, events.Events(), link=_Link(control), gauges=gauges, moving=moving)
     sight.reporting = asyncio.get_running_loop().create_task(sight.run())
     return sight
 

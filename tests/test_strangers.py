@@ -99,7 +99,7 @@ def test_hostile_requests_are_refused_and_right_answers_stay_right(
         return [(answer["class_id"], answer["exit"]) for answer in got]
 
     before, at_work = ask(), replicas(served.pid)
-    assert len(at_work) == 4, "edge, cloud, control, board"
+    assert len(at_work) == 3, "edge, cloud, control"
     hostile = list(strangers.requests((8, 8, 1), 5, 400))
     statuses = asyncio.run(bombard(served.url, hostile))
     unexpected = [
