@@ -56,8 +56,10 @@ def test_run_has_parameters_steps_and_dataset(tracker: Tracker, run: str, splits
     assert tracker._client.get_run(nested).data.tags["mlflow.parentRunId"] == run
 
 
-def test_download_gives_back_the_same_model(tracker: Tracker, versions: tuple[int, ...], model: TrainedModel) -> None:
-    downloaded = tracker.download(versions[0])
+def test_download_gives_back_the_same_model(
+    tracker: Tracker, versions: tuple[int, ...], model: TrainedModel, tmp_path: Path
+) -> None:
+    downloaded = artifact.load(tracker.download_to(versions[0], tmp_path))
     assert downloaded.recipe == model.recipe
     assert downloaded.operating_point == model.operating_point
     assert downloaded.hard_classes == model.hard_classes

@@ -260,7 +260,7 @@ def test_every_trial_is_one_nested_run(study: Study) -> None:
 
 @pytest.mark.cluster
 def test_register_takes_the_chosen_or_any_other_trial(
-    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", study.store)
     chosen = study.report["chosen"]["trial"]
@@ -269,7 +269,7 @@ def test_register_takes_the_chosen_or_any_other_trial(
         monkeypatch.setattr(sys, "argv", ["register", str(study.folder), *words, "--json"])
         register.main()
         version = json.loads(capsys.readouterr().out)["version"]
-        model = tune.Tracker(study.store).download(version)
+        model = artifact.load(tune.Tracker(study.store).download_to(version, tmp_path / str(version)))
         assert model.hard_classes == tuple(hard)
         assert model.policy.hard_classes == model.hard_classes[: len(model.policy.hard_classes)]
     monkeypatch.setattr(sys, "argv", ["register", str(study.folder), "--trial", "none"])
@@ -301,7 +301,8 @@ def test_gates_search_a_tables_policies(
     monkeypatch.setattr(sys, "argv", ["register", str(tmp_path / "outputs/tune-gates-digits"), "--json"])
     register.main()
     version = json.loads(capsys.readouterr().out)["version"]
-    assert tune.Tracker(study.store).download(version).policy.gate == "per_class"
+    model = artifact.load(tune.Tracker(study.store).download_to(version, tmp_path / "there"))
+    assert model.policy.gate == "per_class"
 
 
 def test_more_workers_than_the_plan_allows() -> None:

@@ -216,11 +216,6 @@ class Tracker:
         versions = self._client.search_model_versions(f"name = '{MODEL}'")
         return ", ".join(f"version {v.version}" for v in versions) or "no versions"
 
-    def download(self, version: int) -> TrainedModel:
-        """The model of a version."""
-        with tempfile.TemporaryDirectory() as folder:
-            return artifact.load(self.download_to(version, Path(folder)))
-
     def download_to(self, version: int, folder: Path) -> Path:
         """The model's folder of a version, below `folder`: weights, what it says of itself, exported engines."""
         uri = self._client.get_model_version_download_uri(MODEL, str(version))
