@@ -171,8 +171,8 @@ def test_relative_store_is_one_file_wherever_it_is_named(tmp_path: Path, monkeyp
     uri = store_uri("sqlite:///mine/mlflow.db")
     assert uri == f"sqlite:///{tmp_path}/mine/mlflow.db"
     run = Tracker(uri).start_run("r", {}, {})
-    assert Tracker("sqlite:///mine/mlflow.db").has_run(run)
-    assert not Tracker(uri).has_run("0" * 32)
+    assert Tracker("sqlite:///mine/mlflow.db").resume_run(run)
+    assert not Tracker(uri).resume_run("0" * 32)
     assert store_uri("http://mlflow:5000") == "http://mlflow:5000"
 
 

@@ -127,6 +127,8 @@ class Study:
     folder: Path
     store: str
     report: dict[str, Any]
+    interrupted: set[str]
+    """What MLflow said of its runs once Ctrl-C had ended it."""
     resumed: list[tuple[dict[str, float], list[str]]]
     """Of each attempt that went on: the trials that were finished before it, and its progress."""
 
@@ -171,16 +173,18 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     second = stop_after(interrupted, 1, signal.SIGINT)
     assert interrupted.returncode == 130, "".join(second)
     kept_then = records(root)
+    store = f"sqlite:///{folder / 'outputs/mlflow/mlflow.db'}"
+    statuses = {str(run.info.status) for run in MlflowClient(store).search_runs(["1"])}
     finished = start(folder)
     stdout, stderr = finished.communicate(timeout=300)
     assert finished.returncode == 0, stderr
-    store = f"sqlite:///{folder / 'outputs/mlflow/mlflow.db'}"
-    return Study(root, store, json.loads(stdout), [(kept, second), (kept_then, stderr.splitlines())])
+    return Study(root, store, json.loads(stdout), statuses, [(kept, second), (kept_then, stderr.splitlines())])
 
 
 @pytest.mark.cluster
 def test_study_that_was_cut_off_goes_on_and_repeats_no_finished_trial(study: Study) -> None:
     """First killed, then interrupted by Ctrl-C."""
+    assert study.interrupted == {"FINISHED", "FAILED"}, "the default's runs were over"
     now = records(study.folder)
     for kept, said in study.resumed:
         assert len(kept) >= 2
