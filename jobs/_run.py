@@ -140,12 +140,13 @@ class RunFolder:
 
 @contextmanager
 def tracked(tracker: Tracker) -> Iterator[None]:
-    """Where the block fails or is stopped, by Ctrl-C or SIGTERM, its open MLflow runs are closed as FAILED."""
+    """Open MLflow runs are closed where the block fails (FAILED) or is stopped (KILLED: by Ctrl-C, or the SIGTERM of
+    `ray job stop`); the same command goes on with them."""
     with _stoppable():
         try:
             yield
-        except BaseException:
-            tracker.fail_open_runs()
+        except BaseException as error:
+            tracker.close_open_runs("FAILED" if isinstance(error, Exception) else "KILLED")
             raise
 
 

@@ -125,8 +125,8 @@ def test_interrupted_run_goes_on_where_it_stopped(demo: Demo) -> None:
     assert left == WHOLE[-len(left) :]
 
 
-def test_runs_of_a_command_that_was_stopped_are_failed_until_it_goes_on(demo: Demo) -> None:
-    assert demo.stopped == dict.fromkeys(("digits", "main", "extension", "cloud"), "FAILED")
+def test_runs_of_a_command_that_was_stopped_are_closed_until_it_goes_on(demo: Demo) -> None:
+    assert demo.stopped == dict.fromkeys(("digits", "main", "extension", "cloud"), "KILLED")
     assert statuses(demo.store) == dict.fromkeys(demo.stopped, "FINISHED")
 
 

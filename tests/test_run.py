@@ -75,11 +75,17 @@ def _terminate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("end", "raised"),
-    [(_fail, UserError), (_interrupt, KeyboardInterrupt), (_terminate, SystemExit)],
+    ("end", "raised", "says"),
+    [
+        (_fail, UserError, "FAILED"),
+        (_interrupt, KeyboardInterrupt, "KILLED"),
+        (_terminate, SystemExit, "KILLED"),
+    ],
     ids=["failed", "Ctrl-C", "SIGTERM"],
 )
-def test_runs_of_what_was_stopped_end_failed(end: Callable[[], None], raised: type[BaseException], root: Path) -> None:
+def test_no_run_stays_open_behind_what_fails_or_is_stopped(
+    end: Callable[[], None], raised: type[BaseException], says: str, root: Path
+) -> None:
     tracker, before = Tracker(f"sqlite:///{root / 'mlflow.db'}"), signal.getsignal(signal.SIGTERM)
     elsewhere, ended = Tracker(tracker.uri).start_run("another process's", {}, {}), tracker.start_run("ended", {}, {})
     tracker.end_run(ended)
@@ -103,10 +109,10 @@ def test_runs_of_what_was_stopped_end_failed(end: Callable[[], None], raised: ty
 
     with pytest.raises(raised):
         begin()
-    assert [status(run) for run in (*begun, ended, elsewhere)] == ["FAILED", "FAILED", "FINISHED", "RUNNING"]
+    assert [status(run) for run in (*begun, ended, elsewhere)] == [says, says, "FINISHED", "RUNNING"]
     with pytest.raises(raised):
         go_on()
-    assert status(begun[0]) == "FAILED"
+    assert status(begun[0]) == says
     assert signal.getsignal(signal.SIGTERM) == before
     with tracked(tracker):
         assert tracker.resume_run(begun[0])

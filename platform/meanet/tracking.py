@@ -139,14 +139,14 @@ class Tracker:
         self._client.set_terminated(run_id, status)
         self._open.discard(run_id)
 
-    def fail_open_runs(self) -> None:
-        """Close as FAILED what this process began, or went on with, and has not ended; in vain if the store is away."""
+    def close_open_runs(self, status: str) -> None:
+        """Close as FAILED or KILLED what this process began or went on with; in vain where the store is away."""
         with contextlib.suppress(UserError):
             if self._open:
                 _check_reachable(self.uri)
             for run_id in sorted(self._open):
                 with contextlib.suppress(MlflowException):  # it was deleted meanwhile
-                    self.end_run(run_id, "FAILED")
+                    self.end_run(run_id, status)
 
     def log_steps(self, run_id: str, rows: Iterable[tuple[int, Mapping[str, float]]]) -> None:
         """(step, metrics) rows, in batches; a step logged twice keeps its last value."""
