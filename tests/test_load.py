@@ -5,11 +5,12 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import hostile, load
+from benchmarks import hostile, load, serving
 from benchmarks.load import Reply, Sample
 from benchmarks.outage_bounds import Outage, Overload, Question
 
@@ -187,3 +188,11 @@ def test_each_fault_under_overload_is_found(bad: Sample, held: list[int], name: 
 def test_a_replica_that_is_lost_or_grows_is_found(last: dict[int, int], says: str | None) -> None:
     found = hostile.lost_or_grown([(0, {7: 1, 9: 1}), (500, {7: 1, 9: 1}), (1000, last)])
     assert [one[: len(says or "")] for one in found] == ([says] if says else [])
+
+
+@pytest.mark.parametrize("page", [["--page", "/somewhere/page.md"], ["--page=/somewhere/page.md"], []])
+def test_the_command_on_a_page_names_no_place_of_its_machine(page: list[str]) -> None:
+    flags = serving.Flags(data="parquet:/data/cifar100/test.parquet", peers_venv=Path("/somewhere/peers"))
+    words = ["--data", flags.data, *page, "--peers-venv", "/somewhere/peers", "--rounds", "1"]
+    quoted = "python -m benchmarks.serving --data parquet:test.parquet --peers-venv DIR --rounds 1"
+    assert serving.command(flags, words) == quoted
