@@ -162,6 +162,19 @@ def test_without_load_times_and_joules_add_up() -> None:
     assert found.joules_device_hour > 7200
 
 
+def test_fronts_spread_about_their_median() -> None:
+    """Edge and cloud take as good as no time here: what is left is what stands before and after."""
+    edge = EdgeTimes(main_s=1e-6, front_s=0.004, front_spread=0.5)
+    fleet = dataclasses.replace(FLEET, devices=20, edge=edge, arrivals=Arrivals(rate=2.0))
+    found = both(fleet, images(0.0, 0.5))
+    for outcome in found:
+        assert outcome.latency["p50"] == pytest.approx(0.004, rel=0.03)
+        assert outcome.latency["p90"] == pytest.approx(0.004 * math.exp(0.5 * 1.2816), rel=0.03)
+    same = dataclasses.replace(fleet, edge=dataclasses.replace(edge, front_spread=0.0))
+    for outcome in both(same, images(0.0, 0.5)):
+        assert outcome.latency["p99"] == pytest.approx(0.004, rel=0.01)
+
+
 def test_a_cloud_out_of_reach_costs_its_budget_then_the_breaker_opens() -> None:
     fleet = dataclasses.replace(
         FLEET, devices=1, arrivals=Arrivals(rate=20.0), cloud=CloudTimes(image_s=10.0), horizon_s=100.0

@@ -1,14 +1,21 @@
 """The job that simulates a fleet: what it prints and writes, and which mistakes it names."""
 
+import dataclasses
 import json
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from untrained import Call
 
+from benchmarks.fleet_compare import Alone, Calibration, Cost
+from benchmarks.fleet_load import Answered
 from jobs import simulate
+from meanet.errors import UserError
 from meanet.evaluation import ExitsTable
-from meanet.routing import Policy
+from meanet.fleet.workload import workload
+from meanet.routing import Exit, Policy
 from meanet.storage import write_parquet
 
 TIMES = ("--main-ms", "3", "--extension-ms", "2", "--cloud-image-ms", "8")
@@ -90,3 +97,33 @@ def test_point_of_another_model_is_refused(exits: str, tmp_path: Path, call: Cal
     done = call(simulate, exits, *TIMES, "--operating-point", "other.json")
     assert done.code == 1
     assert "is of another model" in done.err
+
+
+def test_what_one_client_saw_is_what_is_predicted_of_one(table: ExitsTable, point: Policy) -> None:
+    """`benchmarks.fleet compare`: log-normal waits about 4 ms, and a cloud that takes 9."""
+    work = workload(table.exits("test"), table.costs, point)
+    rng = np.random.default_rng(0)
+    cost = Cost(0.002, idle=0.1, others=0.1)
+    core = 0.002 / (os.cpu_count() or 1) / 0.8
+    kinds = [Exit(kind).label for kind in work.kinds[rng.integers(0, len(work.gone), 4000)]]
+    answers = [
+        Answered(
+            seconds=core + 0.004 * float(np.exp(0.4 * rng.standard_normal())) + {"cloud": 0.009}.get(kind, 0.0),
+            edge_s={"main": 0.001, "extension": 0.0013, "cloud": 0.001}[kind],
+            cloud_s=0.009 if kind == "cloud" else 0.0,
+            exit=kind,
+            degraded=False,
+        )
+        for kind in kinds
+    ]
+    loud = Alone([dataclasses.replace(answer, seconds=1.0) for answer in answers], 0.5, cost, 0.7)
+    found = Calibration.of([loud, Alone(answers, 0.1, cost, 0.001)], rate=5.0)
+    assert found.edge["front_s"] == pytest.approx(0.004, rel=0.05)
+    assert found.edge["front_spread"] == pytest.approx(0.4, abs=0.05)
+    assert found.edge["extension_s"] == pytest.approx(0.0003)
+    assert found.cloud == {"image_s": pytest.approx(0.001), "network_s": pytest.approx(0.008)}
+    predicted = found.predict(work, 1)
+    assert predicted.latency["p50"] == pytest.approx(np.median([answer.seconds for answer in answers]), rel=0.05)
+    assert predicted.share["cloud"] == pytest.approx(kinds.count("cloud") / len(kinds), abs=0.02)
+    with pytest.raises(UserError, match="no answer of 1 came from the exit 'extension'"):
+        Alone([answer for answer in answers if answer.exit == "main"][:1], 0.1, cost, 0.001).times()
