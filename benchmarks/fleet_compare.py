@@ -115,13 +115,11 @@ class Cost:
     """Server and client together, without what they take while nobody asks."""
     idle: float
     """Share of the machine that they take then, 0..1."""
-    others: float
-    """Share that other processes took, 0..1."""
 
     @property
     def core_s(self) -> float:
-        """How long a request holds all processors together: what else runs takes its share of them."""
-        return self.processor_s / (os.cpu_count() or 1) / max(0.1, 1 - self.idle - self.others)
+        """How long a request holds all processors together, of which the server's own idle work takes its share."""
+        return self.processor_s / (os.cpu_count() or 1) / max(0.1, 1 - self.idle)
 
 
 @dataclass(frozen=True)
@@ -216,13 +214,13 @@ class Bench:
 
     async def cost(self) -> tuple[Cost, list[Answered]]:
         """Of a request of one client in a closed loop, and the answers to all images."""
-        whole = meter = Meter(self.pid)
+        meter = Meter(self.pid)
         await asyncio.sleep(_IDLE_S)
         idle = meter.busy()
         meter, started = Meter(self.pid), time.monotonic()
         answers = await closed_loop(self.session, self.flags.url, self.bodies, len(self.bodies))
         rest = idle * (time.monotonic() - started) * (os.cpu_count() or 1)
-        return Cost(max((meter.spent() - rest) / len(answers), 1e-4), idle, whole.others()), answers
+        return Cost(max((meter.spent() - rest) / len(answers), 1e-4), idle), answers
 
     async def rate(self) -> float:
         """Images a second of a client, so that the most of them take as much of the machine as is asked."""

@@ -103,7 +103,7 @@ def test_what_one_client_saw_is_what_is_predicted_of_one(table: ExitsTable, poin
     """`benchmarks.fleet compare`: log-normal waits about 4 ms, and a cloud that takes 9."""
     work = workload(table.exits("test"), table.costs, point)
     rng = np.random.default_rng(0)
-    cost = Cost(0.002, idle=0.1, others=0.1)
+    cost = Cost(0.002, idle=0.2)
     core = 0.002 / (os.cpu_count() or 1) / 0.8
     kinds = [Exit(kind).label for kind in work.kinds[rng.integers(0, len(work.gone), 4000)]]
     answers = [
