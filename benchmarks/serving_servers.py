@@ -48,10 +48,11 @@ class Running:
 
     def cpu(self) -> float:
         """CPU seconds that its processes have taken so far."""
-        return sum(_cpu(pid) for pid in marked(self.mark))
+        return sum(cpu_seconds(pid) for pid in marked(self.mark))
 
 
-def _cpu(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
+    """CPU seconds that a process has taken so far; 0 if it is gone."""
     with contextlib.suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return sum(map(int, fields[11:13])) / _TICKS

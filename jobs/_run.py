@@ -12,17 +12,22 @@ report.json, .html    what came of it
 import json
 import secrets
 import shutil
+import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from jobs import _progress
 from meanet.config import Recipe
 from meanet.errors import UserError
 from meanet.storage import writable_directory, write_text
+from meanet.tracking import Tracker
 
 _IDENTITY = ("recipe", "digest", "tracking_uri", "data_digest")
 """What must be the same for an interrupted run to go on."""
@@ -131,6 +136,35 @@ class RunFolder:
         if record.tracking_uri != tracking_uri:
             record.mlflow_run, record.phase_runs, record.tracking_uri = None, {}, tracking_uri
         return RunFolder(root, record, resumed=True)
+
+
+@contextmanager
+def tracked(tracker: Tracker) -> Iterator[None]:
+    """Open MLflow runs are closed where the block fails (FAILED) or is stopped (KILLED: by Ctrl-C, or the SIGTERM of
+    `ray job stop`); the same command goes on with them."""
+    with _stoppable():
+        try:
+            yield
+        except BaseException as error:
+            tracker.close_open_runs("FAILED" if isinstance(error, Exception) else "KILLED")
+            raise
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM raises SystemExit in the block, where it would have ended the process at once."""
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if ours and signal.getsignal(signal.SIGTERM) is stop:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _read(root: Path) -> Record | None:

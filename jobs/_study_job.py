@@ -151,7 +151,9 @@ class StudyJob(ABC):
 
     def _start_run(self) -> None:
         record = self.folder.record
-        if record.mlflow_run is not None and self.tracker.has_run(record.mlflow_run):
+        if record.mlflow_run is not None and self.tracker.resume_run(record.mlflow_run):
+            for name in set(record.trial_runs) - {*record.logged}:
+                self.tracker.resume_run(record.trial_runs[name])
             return
         tags = {"recipe": record.recipe, "space": record.space, "commit": _cli.commit(), "study": record.id}
         name = f"tune-{record.space}-{record.recipe}-{record.id}"

@@ -12,7 +12,7 @@ from typing import Any
 
 from jobs import _cli, _progress, _server
 from jobs._export import export_engines
-from jobs._run import RunFolder
+from jobs._run import RunFolder, tracked
 from jobs.evaluate import evaluate
 from jobs.sweep import sweep
 from jobs.train import check_cluster, load_splits, object_store_bytes, train
@@ -65,18 +65,20 @@ class Demo:
             storage = check_cluster(self.splits, self.flags.workers, self.flags.storage)
             digest, store = self.splits.table.digest, self.environment.tracking_uri
             self.run = RunFolder.begin(self.flags.output, self.recipe, store, digest, goal="report")
-            if not self.run.done("train"):
-                with self.run.stage("train"):
-                    train(self.run, self.recipe, self.tracker, self.flags.workers, storage)
-            table = self._evaluate()
-            found = self._sweep(table)
-            if not self.run.done("register"):
-                with self.run.stage("register"):
-                    self._register(found)
-            if not self.run.done("serve"):
-                with self.run.stage("serve"):
-                    self._serve(table, found, address)
-        with self.run.stage("report"):
+            with tracked(self.tracker):
+                if not self.run.done("train"):
+                    with self.run.stage("train"):
+                        train(self.run, self.recipe, self.tracker, self.flags.workers, storage)
+                self.tracker.resume_run(self._mlflow_run)
+                table = self._evaluate()
+                found = self._sweep(table)
+                if not self.run.done("register"):
+                    with self.run.stage("register"):
+                        self._register(found)
+                if not self.run.done("serve"):
+                    with self.run.stage("serve"):
+                        self._serve(table, found, address)
+        with tracked(self.tracker), self.run.stage("report"):
             return self._report(table, found)
 
     def _evaluate(self) -> ExitsTable:

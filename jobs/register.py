@@ -9,6 +9,7 @@ import tyro
 
 from jobs import _cli
 from jobs._export import export_engines
+from jobs._run import tracked
 from meanet import artifact
 from meanet.artifact import TrainedModel
 from meanet.errors import UserError, exit_on_user_error
@@ -82,9 +83,11 @@ def main() -> None:
     _ = model.policy  # a point of another model shows here, before anything is exported
     tracker = Tracker(environment.tracking_uri)
     exported = export_engines(model, folder, flags.engines)
-    run = tracker.start_run(f"register-{model.recipe.name}", {}, {"recipe": model.recipe.name, "commit": _cli.commit()})
-    version = tracker.register(model, run, exported)
-    tracker.end_run(run)
+    tags = {"recipe": model.recipe.name, "commit": _cli.commit()}
+    with tracked(tracker):
+        run = tracker.start_run(f"register-{model.recipe.name}", {}, tags)
+        version = tracker.register(model, run, exported)
+        tracker.end_run(run)
     if flags.json:
         print(json.dumps({"model": MODEL, "version": version, "alias": "candidate"}))
     else:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import _cli, _progress
-from jobs._run import RunFolder
+from jobs._run import RunFolder, tracked
 from meanet import artifact, cluster, data
 from meanet.artifact import TrainedModel
 from meanet.config import DataConfig, Recipe
@@ -46,7 +46,10 @@ class Flags:
 def train(run: RunFolder, recipe: Recipe, tracker: Tracker, workers: int | None, storage: str | None) -> TrainedModel:
     """The training stage, on the connected cluster."""
     splits = load_splits(recipe)
-    if run.record.mlflow_run is None or not tracker.has_run(run.record.mlflow_run):
+    if run.record.mlflow_run and tracker.resume_run(run.record.mlflow_run):
+        begun = run.record.phase_runs.items()
+        run.record.phase_runs = {phase: one for phase, one in begun if tracker.resume_run(one)}
+    else:
         run.record.phase_runs = {}
         run.record.mlflow_run = tracker.start_run(f"{recipe.name}-{run.record.id}", recipe.to_dict(), _tags(run))
         tracker.log_dataset(run.record.mlflow_run, splits.table)
@@ -172,10 +175,11 @@ def main() -> None:
     with cluster.ray_cluster(environment.ray_address, object_store_bytes(splits)):
         storage = check_cluster(splits, flags.workers, flags.storage)
         run = RunFolder.begin(output, recipe, environment.tracking_uri, splits.table.digest, goal="train")
-        with run.stage("train"):
-            model = train(run, recipe, tracker, flags.workers, storage)
-    assert run.record.mlflow_run is not None, "training has a run"
-    tracker.end_run(run.record.mlflow_run)
+        with tracked(tracker):
+            with run.stage("train"):
+                model = train(run, recipe, tracker, flags.workers, storage)
+            assert run.record.mlflow_run is not None, "training has a run"
+            tracker.end_run(run.record.mlflow_run)
     result = {"model": str(run.model), "hard_classes": list(model.hard_classes), "mlflow_run": run.record.mlflow_run}
     if flags.json:
         print(json.dumps(result))

@@ -11,6 +11,7 @@ from typing import Any
 
 from jobs import _cli
 from jobs._gates import GatesStudy
+from jobs._run import tracked
 from jobs._study_job import Default, Flags, StudyJob, check_base
 from jobs.sweep import sweep
 from jobs.train import check_cluster, load_splits, object_store_bytes
@@ -111,7 +112,8 @@ def main() -> None:
         if study.splits:
             check_cluster(study.splits, flags.workers, None)
         tuning.concurrent_trials(plan)
-        report = study.all_stages()
+        with tracked(study.tracker):
+            report = study.all_stages()
     if flags.json:
         print(json.dumps(report))
         return

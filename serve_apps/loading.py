@@ -106,20 +106,24 @@ class Loader:
 @contextmanager
 def fetched(tracking_uri: str, version: int) -> Iterator[Path]:
     """The model's folder of a version, while the block runs: fetched once for all replicas of a machine that want it
-    at about the same time.
+    at about the same time. They wait for each other while it is fetched, and read it together.
 
     Raises:
         UserError: it cannot be fetched.
     """
     name = f"{hashlib.sha256(tracking_uri.encode()).hexdigest()[:16]}-{version}"
     with _shared_place() as place, (place / f"{name}.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait for the first
+        fcntl.flock(lock, fcntl.LOCK_SH)  # as long as anybody reads it, it is not forgotten
         _forget_old(place)
         done = place / f"{name}.done"
-        if not done.exists():
-            shutil.rmtree(place / name, ignore_errors=True)
-            (place / name).mkdir()
-            done.write_text(_fetch(tracking_uri, version, place / name))
+        while not done.exists():
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait for the first
+            if not done.exists():
+                shutil.rmtree(place / name, ignore_errors=True)
+                (place / name).mkdir()
+                found = _fetch(tracking_uri, version, place / name)
+                done.write_text(found)
+            fcntl.flock(lock, fcntl.LOCK_SH)
         yield Path(done.read_text())
 
 

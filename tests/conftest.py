@@ -19,6 +19,7 @@ from meanet.evaluation import ExitsTable, exits_table
 from meanet.loop import SingleProcess, State
 from meanet.operating_point import search
 from meanet.recipes import digits
+from meanet.routing import Policy
 from meanet.tracking import Tracker
 from meanet.training import Trainer
 from meanet.two_gate import EARLY
@@ -70,6 +71,12 @@ def model(state: State, splits: Splits, table: ExitsTable) -> TrainedModel:
     """The trained model under its operating point."""
     found = search(table, state_recipe(state).operating_point, EARLY, range(1, len(table.hard_classes) + 1))
     return artifact.from_state(state, splits).with_operating_point(found.chosen)
+
+
+@pytest.fixture(scope="session")
+def point(table: ExitsTable) -> Policy:
+    """A policy of one threshold, with every hard class in use."""
+    return Policy.from_dict(search(table, table.operating_point, ["main_entropy"], [len(table.hard_classes)]).chosen)
 
 
 def state_recipe(state: State) -> Recipe:

@@ -45,7 +45,9 @@ class Demo:
     first: list[str]
     """Progress of the attempt that was killed between the main and the extension phase."""
     second: list[str]
-    """Progress of the one that was killed inside the cloud phase."""
+    """Progress of the one that SIGTERM ended inside the cloud phase."""
+    stopped: dict[str, str]
+    """What MLflow then said of each run."""
     third: list[str]
     """Progress of the one that finished."""
     left: list[str]
@@ -64,14 +66,14 @@ def start(folder: Path, mark: str) -> "subprocess.Popen[str]":
     )
 
 
-def kill_after(process: "subprocess.Popen[str]", pattern: str) -> list[str]:
-    """SIGKILL the driver as soon as its progress says so; what it had said."""
+def stop_after(process: "subprocess.Popen[str]", pattern: str, number: int) -> list[str]:
+    """Send the driver a signal as soon as its progress says so; what it had said."""
     assert process.stderr is not None
     said = []
     for line in process.stderr:
         said.append(line)
         if re.search(pattern, line):
-            os.kill(process.pid, signal.SIGKILL)
+            os.kill(process.pid, number)
             break
     process.communicate()
     return said
@@ -80,17 +82,26 @@ def kill_after(process: "subprocess.Popen[str]", pattern: str) -> list[str]:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     folder, mark = tmp_path_factory.mktemp("demo"), uuid.uuid4().hex
-    first = kill_after(start(folder, mark), rf"main +epoch +{EPOCHS['main']}/")
-    second = kill_after(start(folder, mark), r"cloud +epoch +2/")
+    first = stop_after(start(folder, mark), rf"main +epoch +{EPOCHS['main']}/", signal.SIGKILL)
+    second = stop_after(start(folder, mark), r"cloud +epoch +2/", signal.SIGTERM)
+    store = f"sqlite:///{folder / 'outputs/mlflow/mlflow.db'}"
+    stopped = statuses(store)
     finished = start(folder, mark)
     stdout, stderr = finished.communicate(timeout=400)
     assert finished.returncode == 0, stderr
-    store = f"sqlite:///{folder / 'outputs/mlflow/mlflow.db'}"
     recipe = digits()
     for phase, epochs in EPOCHS.items():
         shorter = dataclasses.replace(getattr(recipe, phase), epochs=epochs)
         recipe = dataclasses.replace(recipe, **{phase: shorter})  # type: ignore[arg-type]
-    return Demo(folder, store, json.loads(stdout), recipe, first, second, stderr.splitlines(), left_running(mark))
+    return Demo(
+        folder, store, json.loads(stdout), recipe, first, second, stopped, stderr.splitlines(), left_running(mark)
+    )
+
+
+def statuses(store: str) -> dict[str, str]:
+    """By name; the run's own, which has a day and a time in it, as `digits`."""
+    runs = MlflowClient(store).search_runs(["1"])
+    return {str(run.info.run_name).partition("-")[0]: str(run.info.status) for run in runs}
 
 
 def trained(said: list[str]) -> list[tuple[str, int]]:
@@ -112,6 +123,11 @@ def test_interrupted_run_goes_on_where_it_stopped(demo: Demo) -> None:
     left = trained(demo.third)
     assert 0 < len(left) < EPOCHS["cloud"], "finished phases are not run again"
     assert left == WHOLE[-len(left) :]
+
+
+def test_runs_of_a_command_that_was_stopped_are_closed_until_it_goes_on(demo: Demo) -> None:
+    assert demo.stopped == dict.fromkeys(("digits", "main", "extension", "cloud"), "KILLED")
+    assert statuses(demo.store) == dict.fromkeys(demo.stopped, "FINISHED")
 
 
 def test_interrupted_run_equals_an_uninterrupted_one(demo: Demo, splits: Splits) -> None:

@@ -1,6 +1,7 @@
 """The edge part alone: no Ray, no torch, and nothing beside what its extra installs."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -103,6 +104,10 @@ def test_edge_alone_answers_as_torch(
     np.testing.assert_allclose([row["entropy"] for row in rows], answers.entropy, atol=1e-3)
     assert {number for number, row in enumerate(rows) if row["degraded"]} == complex_rows
     assert {row["reason"] for row in rows if row["degraded"]} == {"no cloud given"}
+    costs = model.costs
+    for row, extended in zip(rows, answers.extended.tolist(), strict=True):
+        assert row["joules"]["edge_compute"] == costs.main_joules + extended * costs.extension_joules
+        assert (row["joules"]["upload"], row["joules"]["source"]) == (0.0, "modelled:horowitz_45nm+wifi")
 
 
 def test_without_its_files_it_says_what_is_missing(model: TrainedModel, tmp_path: Path) -> None:
@@ -156,7 +161,9 @@ def server() -> Iterator[Server]:
 GOOD = {"class_id": 4, "confidence": 0.75, "exit": "cloud", "degraded": False, "reason": None}
 
 
-def test_complex_images_go_up_as_they_are(device: Path, server: Server, bodies: list[bytes]) -> None:
+def test_complex_images_go_up_as_they_are(
+    device: Path, server: Server, bodies: list[bytes], model: TrainedModel
+) -> None:
     server.answer = json.dumps(GOOD).encode()
     found = EdgeDevice(device, cloud=Cloud(server.url + "/")).answer(bodies)
     cloud = [number for number, answer in enumerate(found) if answer.exit == "cloud"]
@@ -165,6 +172,25 @@ def test_complex_images_go_up_as_they_are(device: Path, server: Server, bodies: 
     assert {path for path, _ in server.received} == {"/v1/classify"}
     assert {(found[number].class_id, found[number].confidence) for number in cloud} == {(4, 0.75)}
     assert not any(answer.degraded for answer in found)
+    for number, answer in enumerate(found):
+        price = float(model.costs.upload_joules(len(bodies[number]))) if number in cloud else 0.0
+        assert answer.joules is not None
+        assert answer.joules["upload"] == pytest.approx(price)
+
+
+def test_joules_that_are_not_known_are_not_told(device: Path, bodies: list[bytes], tmp_path: Path) -> None:
+    """In a folder of an earlier version, and under an operating point that was chosen by other profiles."""
+    folder = shutil.copytree(device, tmp_path / "device")
+    assert all(answer.joules is not None for answer in EdgeDevice(folder).answer(bodies[:5]))
+    point = json.loads((folder / "operating_point.json").read_text())
+    other = {**point, "expected": {**point["expected"], "joules_source": "modelled:horowitz_45nm+lte"}}
+    (folder / "operating_point.json").write_text(json.dumps(other))
+    assert {answer.joules for answer in EdgeDevice(folder).answer(bodies[:5])} == {None}
+    (folder / "operating_point.json").write_text(json.dumps(point))
+    described = json.loads((folder / "model.json").read_text())
+    del described["joules"]
+    (folder / "model.json").write_text(json.dumps(described))
+    assert {answer.joules for answer in EdgeDevice(folder).answer(bodies[:5])} == {None}
 
 
 @pytest.mark.parametrize(
@@ -227,7 +253,11 @@ def test_lines_for_a_person(
     monkeypatch.setattr(sys, "argv", ["edge_device", str(device), str(tmp_path / "a.png"), "--engine", "onnx"])
     edge_device.main()
     found = EdgeDevice(device, "onnx").answer(bodies[:1])[0]
-    assert capsys.readouterr().out.split()[1:3] == [found.class_name, found.exit]
+    words = capsys.readouterr().out.split()
+    assert words[1:3] == [found.class_name, found.exit]
+    assert found.joules is not None
+    assert float(words[4]) == pytest.approx(found.joules["edge_compute"], rel=0.01)
+    assert words[5:7] == ["J", "(modelled:horowitz_45nm+wifi)"]
     (tmp_path / "a.png").write_bytes(b"no image")
     with pytest.raises(SystemExit):
         edge_device.main()

@@ -1,15 +1,11 @@
 """The simulated fleet: against queueing theory, against itself in two ways, and what it advises."""
 
 import dataclasses
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
-from untrained import Call
 
-from jobs import simulate
 from meanet.errors import UserError
 from meanet.evaluation import ExitsTable
 from meanet.fleet.advice import Adviser, bottleneck, why_not
@@ -22,10 +18,8 @@ from meanet.fleet.rates import curve
 from meanet.fleet.run import Simulator
 from meanet.fleet.scaling import Autoscaler, Replicas
 from meanet.fleet.workload import Workload, workload
-from meanet.operating_point import search
 from meanet.replay import replay
 from meanet.routing import Policy
-from meanet.storage import write_parquet
 
 
 def images(cloud: float, extension: float = 0.0, samples: int = 1000) -> Workload:
@@ -166,6 +160,19 @@ def test_without_load_times_and_joules_add_up() -> None:
     found = simulate_exactly(dataclasses.replace(fleet, idle_watts=2.0), images(0.0, 1.0))
     assert found.latency["p99"] == pytest.approx(0.017, rel=0.05)
     assert found.joules_device_hour > 7200
+
+
+def test_fronts_spread_about_their_median() -> None:
+    """Edge and cloud take as good as no time here: what is left is what stands before and after."""
+    edge = EdgeTimes(main_s=1e-6, front_s=0.004, front_spread=0.5)
+    fleet = dataclasses.replace(FLEET, devices=20, edge=edge, arrivals=Arrivals(rate=2.0))
+    found = both(fleet, images(0.0, 0.5))
+    for outcome in found:
+        assert outcome.latency["p50"] == pytest.approx(0.004, rel=0.03)
+        assert outcome.latency["p90"] == pytest.approx(0.004 * math.exp(0.5 * 1.2816), rel=0.03)
+    same = dataclasses.replace(fleet, edge=dataclasses.replace(edge, front_spread=0.0))
+    for outcome in both(same, images(0.0, 0.5)):
+        assert outcome.latency["p99"] == pytest.approx(0.004, rel=0.01)
 
 
 def test_a_cloud_out_of_reach_costs_its_budget_then_the_breaker_opens() -> None:
@@ -317,11 +324,6 @@ def test_slow_edges_are_not_blamed_on_the_cloud() -> None:
     assert "edge replicas refuse" in found.reason
 
 
-@pytest.fixture(scope="module")
-def point(table: ExitsTable) -> Policy:
-    return Policy.from_dict(search(table, table.operating_point, ["main_entropy"], [len(table.hard_classes)]).chosen)
-
-
 def test_advice_fits_when_it_is_simulated_again(table: ExitsTable, point: Policy) -> None:
     work = workload(table.exits("test"), table.costs, point)
     assert work.cloud_share == pytest.approx(replay(table.exits("test"), table.costs, point).share["cloud"])
@@ -336,90 +338,6 @@ def test_advice_fits_when_it_is_simulated_again(table: ExitsTable, point: Policy
     again = workload(table.exits("test"), table.costs, found.policy)
     assert why_not(simulate_aggregated(fleet, again, seed=7), 1) is None
     assert why_not(simulate_exactly(fleet, again), 1) is None
-
-
-# The job
-
-
-TIMES = ("--main-ms", "3", "--extension-ms", "2", "--cloud-image-ms", "8")
-
-
-@pytest.fixture
-def exits(table: ExitsTable, point: Policy, tmp_path: Path) -> str:
-    write_parquet(table.table, tmp_path / "exits.parquet")
-    (tmp_path / "operating_point.json").write_text(json.dumps(point.to_dict()))
-    return str(tmp_path / "exits.parquet")
-
-
-def test_job_prints_json_and_writes_a_page(exits: str, tmp_path: Path, call: Call) -> None:
-    words = ("--devices", "20", "10", "20000", "--hours", "0.1", "--scaling.max-replicas", "2")
-    done = call(simulate, exits, *TIMES, *words, "--json")
-    assert done.code == 0, done.err
-    result = json.loads(done.out)
-    assert [found["devices"] for found in result["outcomes"]] == [10, 20, 20000]
-    assert [found["mode"] for found in result["outcomes"]] == ["exact", "exact", "aggregated"]
-    assert 20 <= result["bottleneck"]["devices"] < 20000
-    assert result["advice"]["outcome"]["share"]["degraded"] <= 0.01
-    page = (tmp_path / "fleet.html").read_text()
-    assert "The cloud keeps up with" in page
-    assert page.count("<svg") == 1
-
-
-def test_job_takes_measured_times_and_flags_win(exits: str, tmp_path: Path, call: Call) -> None:
-    times = {"edge": {"main_s": 0.02, "extension_s": 0.0}, "cloud": {"image_s": 0.05, "call_s": 0.0}}
-    (tmp_path / "times.json").write_text(json.dumps(times))
-    words = ("--times", "times.json", "--main-ms", "4", "--devices", "1", "--json")
-    result = json.loads(call(simulate, exits, *words).out)
-    assert result["fleet"]["edge"]["main_s"] == pytest.approx(0.004)
-    assert result["fleet"]["cloud"]["image_s"] == pytest.approx(0.05)
-    assert result["outcomes"][0]["latency"]["p50"] == pytest.approx(0.004)
-    assert result["bottleneck"] is None
-
-
-BAD = [
-    ((), "has no speed: give --main-ms"),
-    (("--main-ms", "3", "--extension-ms", "1"), "give --cloud-image-ms"),
-    ((*TIMES, "--main-ms", "-3"), "edge.main_s is -0.003"),
-    ((*TIMES, "--devices", "0"), "each 1 or more"),
-    ((*TIMES, "--arrivals.rate", "0"), "arrivals.rate is 0"),
-    ((*TIMES, "--arrivals.hours", "1", "2"), "arrivals.hours has 2 numbers"),
-    ((*TIMES, "--scaling.max-replicas", "0"), "scaling.max_replicas is 0"),
-    ((*TIMES, "--limits.reserve-s", "3"), "limits.reserve_s is 3"),
-    ((*TIMES, "--limits.cloud-budget-s", "nan"), "cloud_budget_s is nan"),
-    ((*TIMES, "--hours", "0"), "horizon_s is 0"),
-    ((*TIMES, "--split", "train"), "choose test or validation"),
-    ((*TIMES, "--times", "nowhere.json"), "nowhere.json cannot be read"),
-    ((*TIMES, "--operating-point", "nowhere.json"), "nowhere.json cannot be read"),
-    ((*TIMES, "--link", "string"), "unknown link profile 'string'"),
-    ((*TIMES, "--mode", "exact", "--devices", "1000000"), "choose the mode aggregated"),
-    ((*TIMES, "--mode", "aggregated", "--scaling.interval-s", "0.5"), "take a longer one"),
-]
-
-
-@pytest.mark.parametrize(("words", "says"), BAD)
-def test_bad_input_is_named(words: tuple[str, ...], says: str, exits: str, call: Call) -> None:
-    done = call(simulate, exits, *words)
-    assert done.code in (1, 2)
-    assert says in done.err + done.out
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [("[]", "cannot be read"), ('{"edge": {"speed": 3}, "cloud": {}}', "edge has no speed")],
-)
-def test_bad_times_are_named(content: str, says: str, exits: str, tmp_path: Path, call: Call) -> None:
-    (tmp_path / "times.json").write_text(content)
-    done = call(simulate, exits, "--times", "times.json")
-    assert done.code == 1
-    assert says in done.err
-
-
-def test_point_of_another_model_is_refused(exits: str, tmp_path: Path, call: Call) -> None:
-    other = {**json.loads((tmp_path / "operating_point.json").read_text()), "hard_classes": [0]}
-    (tmp_path / "other.json").write_text(json.dumps(other))
-    done = call(simulate, exits, *TIMES, "--operating-point", "other.json")
-    assert done.code == 1
-    assert "is of another model" in done.err
 
 
 def test_models_check_what_flags_cannot() -> None:

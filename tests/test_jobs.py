@@ -13,12 +13,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from mlflow import MlflowClient
 from pictures import coloured, encode, image_folder
 
 from meanet import artifact
 from meanet.artifact import TrainedModel
 from meanet.config import DataConfig
 from meanet.data import load
+from meanet.errors import UserError
 from meanet.evaluation import ExitsTable
 from meanet.tracking import Tracker
 
@@ -139,6 +141,21 @@ def test_demo_refuses_to_replace_a_champion_of_another_recipe(
     assert done.returncode == 1
     assert "is of recipe 'other' and the new one of 'digits': add --force" in done.stderr
     assert not (tmp_path / "demo").exists()
+
+
+def test_registration_that_fails_closes_its_run(
+    job: Job, folder: Path, tmp_path: Path, model: TrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise UserError("the disk is full")
+
+    (folder / "outputs/digits/operating_point.json").write_text(json.dumps(model.operating_point))
+    monkeypatch.setattr(Tracker, "register", full)
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    done = job("jobs.register", "outputs/digits", "--engines", "none", MLFLOW_TRACKING_URI=store)
+    assert (done.returncode, "the disk is full" in done.stderr) == (1, True)
+    (run,) = MlflowClient(store).search_runs(["1"])
+    assert (run.info.run_name, run.info.status) == ("register-digits", "FAILED")
 
 
 def test_checkpoint_of_another_recipe(job: Job, folder: Path) -> None:

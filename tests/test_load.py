@@ -5,12 +5,14 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import hostile, load, outages
+from benchmarks import hostile, load, serving
 from benchmarks.load import Reply, Sample
+from benchmarks.outage_bounds import Outage, Overload, Question
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 LENGTH = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX-A: b\r\n\r\nhello"
@@ -110,7 +112,7 @@ def test_a_schedule_is_timed_from_when_it_was_due() -> None:
 
 # Judges
 
-QUESTIONS = [outages.Question(b"", (1, "main"), 1), outages.Question(b"", (2, "cloud"), 3)]
+QUESTIONS = [Question(b"", (1, "main"), 1), Question(b"", (2, "cloud"), 3)]
 
 
 def sample(due: float, number: int, answer: dict[str, Any] | None = None, status: int = 200, **more: Any) -> Sample:
@@ -120,7 +122,7 @@ def sample(due: float, number: int, answer: dict[str, Any] | None = None, status
 
 MAIN, CLOUD = {"class_id": 1, "exit": "main"}, {"class_id": 2, "exit": "cloud"}
 ALONE = {"class_id": 3, "exit": "extension", "degraded": True, "reason": "cloud timed out"}
-SOUND = outages.Outage(
+SOUND = Outage(
     fault="hung",
     edge_only=[sample(0, 0, MAIN)],
     samples=[sample(11, 0, MAIN), sample(12, 1, ALONE), sample(20.5, 1, CLOUD)],
@@ -174,9 +176,9 @@ REFUSED = {"status": 503, "headers": {"retry-after": "1"}}
     ],
 )
 def test_each_fault_under_overload_is_found(bad: Sample, held: list[int], name: str) -> None:
-    sound = outages.Overload(10, [sample(1, 0), sample(1, 0, **REFUSED)], [1] * 8)
+    sound = Overload(10, [sample(1, 0), sample(1, 0, **REFUSED)], [1] * 8)
     assert [bound.name for bound in sound.bounds() if not bound.kept] == []
-    found = outages.Overload(10, [*sound.samples, bad], held)
+    found = Overload(10, [*sound.samples, bad], held)
     assert [bound.name for bound in found.bounds() if not bound.kept] == [name]
 
 
@@ -186,3 +188,11 @@ def test_each_fault_under_overload_is_found(bad: Sample, held: list[int], name: 
 def test_a_replica_that_is_lost_or_grows_is_found(last: dict[int, int], says: str | None) -> None:
     found = hostile.lost_or_grown([(0, {7: 1, 9: 1}), (500, {7: 1, 9: 1}), (1000, last)])
     assert [one[: len(says or "")] for one in found] == ([says] if says else [])
+
+
+@pytest.mark.parametrize("page", [["--page", "/somewhere/page.md"], ["--page=/somewhere/page.md"], []])
+def test_the_command_on_a_page_names_no_place_of_its_machine(page: list[str]) -> None:
+    flags = serving.Flags(data="parquet:/data/cifar100/test.parquet", peers_venv=Path("/somewhere/peers"))
+    words = ["--data", flags.data, *page, "--peers-venv", "/somewhere/peers", "--rounds", "1"]
+    quoted = "python -m benchmarks.serving --data parquet:test.parquet --peers-venv DIR --rounds 1"
+    assert serving.command(flags, words) == quoted

@@ -1,6 +1,11 @@
 """Versions as replicas load them: tried before they are served, and networks shared where the weights are the same."""
 
+import contextlib
 import dataclasses
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -9,8 +14,9 @@ from meanet.artifact import TrainedModel
 from meanet.data import Splits
 from meanet.errors import UserError
 from meanet.tracking import Tracker
+from serve_apps import loading
 from serve_apps.cloud_calls import CloudRequest
-from serve_apps.loading import Loader
+from serve_apps.loading import Loader, fetched
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +78,66 @@ def test_cloud_answers_by_its_own_preprocessing(loader: Loader, splits: Splits) 
     class_ids, confidences = cloud.classify(CloudRequest(1, None, splits.table.images[splits.test[:5]]))
     assert len(class_ids) == len(confidences) == 5
     assert all(0 < confidence <= 1 for confidence in confidences)
+
+
+@pytest.fixture
+def fetches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
+    """Versions that were fetched, each in a moment, into a place that all share."""
+    found: list[int] = []
+
+    @contextlib.contextmanager
+    def place() -> Iterator[Path]:
+        yield tmp_path
+
+    def fetch(_uri: str, version: int, folder: Path) -> str:
+        found.append(version)
+        time.sleep(0.3)
+        (folder / "model.json").write_text(str(version))
+        return str(folder)
+
+    monkeypatch.setattr(loading, "_shared_place", place)
+    monkeypatch.setattr(loading, "_fetch", fetch)
+    return found
+
+
+def test_replicas_wait_for_one_fetch_and_read_it_together(fetches: list[int]) -> None:
+    inside, seen = threading.Barrier(4), []
+
+    def load() -> None:
+        with fetched("sqlite:///store", 7) as folder:
+            inside.wait(20)  # passes only if all of them are here at once
+            seen.append((folder / "model.json").read_text())
+
+    replicas = [threading.Thread(target=load) for _ in range(4)]
+    for replica in replicas:
+        replica.start()
+    for replica in replicas:
+        replica.join()
+    assert (seen, fetches) == (["7"] * 4, [7])
+
+
+def test_only_what_nobody_reads_is_forgotten(fetches: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_KEPT_S", -1.0)
+    with fetched("sqlite:///store", 1) as first:
+        with fetched("sqlite:///store", 2) as second:
+            assert (first / "model.json").exists()
+            assert (second / "model.json").exists()
+        with fetched("sqlite:///store", 3):
+            assert (first / "model.json").exists()
+            assert not second.exists(), "it was read, and nobody reads it any more"
+    with fetched("sqlite:///store", 1):
+        assert fetches == [1, 2, 3]
+
+
+def test_fetch_that_failed_is_tried_again(fetches: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    working = loading._fetch
+
+    def broken(*_words: object) -> str:
+        raise UserError("away")
+
+    monkeypatch.setattr(loading, "_fetch", broken)
+    with pytest.raises(UserError, match="away"), fetched("sqlite:///store", 1):
+        pass
+    monkeypatch.setattr(loading, "_fetch", working)
+    with fetched("sqlite:///store", 1) as folder:
+        assert (folder / "model.json").read_text() == "1"

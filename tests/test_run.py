@@ -1,13 +1,18 @@
-"""A run's folder: what goes on, and what begins anew."""
+"""A run's folder: what goes on, and what begins anew; and what MLflow says of what was stopped."""
 
 import dataclasses
+import os
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from jobs._run import RunFolder
+from jobs._run import RunFolder, tracked
 from meanet.errors import UserError
 from meanet.recipes import digits
+from meanet.tracking import Tracker
 
 
 def begin(root: Path, seed: int = 0, store: str = "s", data: str = "d") -> RunFolder:
@@ -54,3 +59,62 @@ def test_damaged_record_is_named(root: Path) -> None:
     (root / "run.json").write_text("{")
     with pytest.raises(UserError, match=r"run.json cannot be read .*: remove that file"):
         begin(root)
+
+
+def _fail() -> None:
+    raise UserError("no")
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def _terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(10)  # the signal ends it
+
+
+@pytest.mark.parametrize(
+    ("end", "raised", "says"),
+    [
+        (_fail, UserError, "FAILED"),
+        (_interrupt, KeyboardInterrupt, "KILLED"),
+        (_terminate, SystemExit, "KILLED"),
+    ],
+    ids=["failed", "Ctrl-C", "SIGTERM"],
+)
+def test_no_run_stays_open_behind_what_fails_or_is_stopped(
+    end: Callable[[], None], raised: type[BaseException], says: str, root: Path
+) -> None:
+    tracker, before = Tracker(f"sqlite:///{root / 'mlflow.db'}"), signal.getsignal(signal.SIGTERM)
+    elsewhere, ended = Tracker(tracker.uri).start_run("another process's", {}, {}), tracker.start_run("ended", {}, {})
+    tracker.end_run(ended)
+    begun: list[str] = []
+
+    def status(run: str) -> str:
+        return str(tracker._client.get_run(run).info.status)
+
+    def begin() -> None:
+        with tracked(tracker):
+            begun.append(tracker.start_run("r", {}, {}))
+            begun.append(tracker.start_run("main", {}, {}, parent=begun[0]))
+            end()
+
+    def go_on() -> None:
+        again = Tracker(tracker.uri)
+        with tracked(again):
+            assert again.resume_run(begun[0])
+            assert status(begun[0]) == "RUNNING"
+            end()
+
+    with pytest.raises(raised):
+        begin()
+    assert [status(run) for run in (*begun, ended, elsewhere)] == [says, says, "FINISHED", "RUNNING"]
+    with pytest.raises(raised):
+        go_on()
+    assert status(begun[0]) == says
+    assert signal.getsignal(signal.SIGTERM) == before
+    with tracked(tracker):
+        assert tracker.resume_run(begun[0])
+        tracker.end_run(begun[0])
+    assert status(begun[0]) == "FINISHED"

@@ -127,6 +127,7 @@ def test_file_system_keeps_its_patience_and_no_credentials_when_it_travels(s3_se
 def test_registered_model_lives_in_a_bucket(s3_server: S3Server, model: TrainedModel, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
+    from meanet import artifact
     from meanet.tracking import EXPERIMENT, Tracker
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
@@ -134,4 +135,4 @@ def test_registered_model_lives_in_a_bucket(s3_server: S3Server, model: TrainedM
     tracker = Tracker(uri)
     version = tracker.register(model, tracker.start_run("r", {}, {}))
     assert any(name.endswith("edge.safetensors") for name in storage.list_files("s3://mlflow/artifacts"))
-    assert tracker.download(version).operating_point == model.operating_point
+    assert artifact.load(tracker.download_to(version, tmp_path / "there")).operating_point == model.operating_point

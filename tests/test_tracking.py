@@ -56,8 +56,10 @@ def test_run_has_parameters_steps_and_dataset(tracker: Tracker, run: str, splits
     assert tracker._client.get_run(nested).data.tags["mlflow.parentRunId"] == run
 
 
-def test_download_gives_back_the_same_model(tracker: Tracker, versions: tuple[int, ...], model: TrainedModel) -> None:
-    downloaded = tracker.download(versions[0])
+def test_download_gives_back_the_same_model(
+    tracker: Tracker, versions: tuple[int, ...], model: TrainedModel, tmp_path: Path
+) -> None:
+    downloaded = artifact.load(tracker.download_to(versions[0], tmp_path))
     assert downloaded.recipe == model.recipe
     assert downloaded.operating_point == model.operating_point
     assert downloaded.hard_classes == model.hard_classes
@@ -169,8 +171,8 @@ def test_relative_store_is_one_file_wherever_it_is_named(tmp_path: Path, monkeyp
     uri = store_uri("sqlite:///mine/mlflow.db")
     assert uri == f"sqlite:///{tmp_path}/mine/mlflow.db"
     run = Tracker(uri).start_run("r", {}, {})
-    assert Tracker("sqlite:///mine/mlflow.db").has_run(run)
-    assert not Tracker(uri).has_run("0" * 32)
+    assert Tracker("sqlite:///mine/mlflow.db").resume_run(run)
+    assert not Tracker(uri).resume_run("0" * 32)
     assert store_uri("http://mlflow:5000") == "http://mlflow:5000"
 
 

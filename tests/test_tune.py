@@ -127,6 +127,8 @@ class Study:
     folder: Path
     store: str
     report: dict[str, Any]
+    interrupted: set[str]
+    """What MLflow said of its runs once Ctrl-C had ended it."""
     resumed: list[tuple[dict[str, float], list[str]]]
     """Of each attempt that went on: the trials that were finished before it, and its progress."""
 
@@ -171,16 +173,18 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     second = stop_after(interrupted, 1, signal.SIGINT)
     assert interrupted.returncode == 130, "".join(second)
     kept_then = records(root)
+    store = f"sqlite:///{folder / 'outputs/mlflow/mlflow.db'}"
+    statuses = {str(run.info.status) for run in MlflowClient(store).search_runs(["1"])}
     finished = start(folder)
     stdout, stderr = finished.communicate(timeout=300)
     assert finished.returncode == 0, stderr
-    store = f"sqlite:///{folder / 'outputs/mlflow/mlflow.db'}"
-    return Study(root, store, json.loads(stdout), [(kept, second), (kept_then, stderr.splitlines())])
+    return Study(root, store, json.loads(stdout), statuses, [(kept, second), (kept_then, stderr.splitlines())])
 
 
 @pytest.mark.cluster
 def test_study_that_was_cut_off_goes_on_and_repeats_no_finished_trial(study: Study) -> None:
     """First killed, then interrupted by Ctrl-C."""
+    assert study.interrupted == {"FINISHED", "KILLED"}, "the default's runs were over"
     now = records(study.folder)
     for kept, said in study.resumed:
         assert len(kept) >= 2
@@ -260,7 +264,7 @@ def test_every_trial_is_one_nested_run(study: Study) -> None:
 
 @pytest.mark.cluster
 def test_register_takes_the_chosen_or_any_other_trial(
-    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", study.store)
     chosen = study.report["chosen"]["trial"]
@@ -269,7 +273,7 @@ def test_register_takes_the_chosen_or_any_other_trial(
         monkeypatch.setattr(sys, "argv", ["register", str(study.folder), *words, "--json"])
         register.main()
         version = json.loads(capsys.readouterr().out)["version"]
-        model = tune.Tracker(study.store).download(version)
+        model = artifact.load(tune.Tracker(study.store).download_to(version, tmp_path / str(version)))
         assert model.hard_classes == tuple(hard)
         assert model.policy.hard_classes == model.hard_classes[: len(model.policy.hard_classes)]
     monkeypatch.setattr(sys, "argv", ["register", str(study.folder), "--trial", "none"])
@@ -301,7 +305,8 @@ def test_gates_search_a_tables_policies(
     monkeypatch.setattr(sys, "argv", ["register", str(tmp_path / "outputs/tune-gates-digits"), "--json"])
     register.main()
     version = json.loads(capsys.readouterr().out)["version"]
-    assert tune.Tracker(study.store).download(version).policy.gate == "per_class"
+    model = artifact.load(tune.Tracker(study.store).download_to(version, tmp_path / "there"))
+    assert model.policy.gate == "per_class"
 
 
 def test_more_workers_than_the_plan_allows() -> None:

@@ -82,6 +82,7 @@ def save(model: TrainedModel, folder: Path) -> Path:
         "macs": asdict(model.macs),
         "bytes_moved": asdict(model.bytes_moved),
         "data_digest": model.data_digest,
+        "joules": asdict(model.costs.image_joules),
     }
     write_text(json.dumps(description, indent=2), folder / MODEL)
     return folder

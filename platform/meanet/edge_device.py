@@ -5,7 +5,7 @@
 answers PNG or JPEG files by the model's operating point. MODEL_FOLDER needs model.json, operating_point.json,
 engines.json and the edge's ONNX files. What is too complex for the edge goes to a MEANet server's /v1/classify, in the
 bytes that it has; without a server, or where it does not answer, the edge's best answer stands and says that it is
-degraded.
+degraded. Joules are the device's, by the profiles that the model names.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import math
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -46,6 +46,8 @@ class DeviceAnswer:
     """Whether the cloud was wanted and not had."""
     reason: str | None = None
     """Why not."""
+    joules: dict[str, Any] | None = None
+    """edge_compute and upload, J, of this device, and their source; None where the folder does not say them."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class EdgeDevice:
     def __init__(self, folder: Path, engine: str = "auto", cloud: Cloud | None = None) -> None:
         self.spec = model_spec.read_edge(folder)
         self.policy = self.spec.policy
+        self._joules = model_spec.read_joules(folder)
         self._runtime = EdgeRuntime(self.spec, engines.open_edge(folder, engine))
         self._cloud = cloud
 
@@ -106,9 +109,15 @@ class EdgeDevice:
         self._runtime.finish(answers, pending, policy)
         edge = [self._of(answers, row) for row in range(len(bodies))]
         for row, got in asked.items():
-            lost = {"degraded": True, "reason": got}
-            edge[row] = got if isinstance(got, DeviceAnswer) else DeviceAnswer(**{**asdict(edge[row]), **lost})
-        return edge
+            edge[row] = got if isinstance(got, DeviceAnswer) else replace(edge[row], degraded=True, reason=got)
+        if self._joules is None:
+            return edge
+        sent = {row: len(bodies[row]) for row in asked} if self._cloud else {}
+        spent = [
+            self._joules.of(extended=bool(extended), num_bytes=sent.get(row))
+            for row, extended in enumerate(answers.extended)
+        ]
+        return [replace(answer, joules=joules) for answer, joules in zip(edge, spent, strict=True)]
 
     def _of(self, answers: Answers, row: int) -> DeviceAnswer:
         class_id = int(answers.pred[row])
@@ -142,6 +151,12 @@ def _finite(entropy: float) -> float | None:
     return float(entropy) if math.isfinite(entropy) else None
 
 
+def _joules(answer: DeviceAnswer) -> str:
+    if answer.joules is None:
+        return ""
+    return f"  {answer.joules['edge_compute'] + answer.joules['upload']:.3g} J ({answer.joules['source']})"
+
+
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -172,7 +187,7 @@ def main() -> None:
             print(json.dumps({"image": str(path), **asdict(answer)}))
         else:
             note = f"  (degraded: {answer.reason})" if answer.degraded else ""
-            print(f"{path}  {answer.class_name}  {answer.exit}  {answer.confidence:.3f}{note}")
+            print(f"{path}  {answer.class_name}  {answer.exit}  {answer.confidence:.3f}{_joules(answer)}{note}")
 
 
 if __name__ == "__main__":

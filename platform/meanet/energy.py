@@ -17,7 +17,17 @@ from meanet.errors import UserError
 from meanet.profile_files import available
 from meanet.profiles import Blocks, BytesMoved, DeviceProfile, LinkProfile, Macs, Profiles
 
-__all__ = ["BytesMoved", "CostModel", "DeviceProfile", "Energy", "LinkProfile", "Macs", "cost_model", "tail_joules"]
+__all__ = [
+    "BytesMoved",
+    "CostModel",
+    "DeviceProfile",
+    "Energy",
+    "ImageJoules",
+    "LinkProfile",
+    "Macs",
+    "cost_model",
+    "tail_joules",
+]
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,32 @@ class Energy:
             UserError: their sources differ.
         """
         return functools.reduce(lambda one, other: one + other, parts)
+
+
+@dataclass(frozen=True)
+class ImageJoules:
+    """What an image costs one device on one link, J: the numbers alone, for where no profiles are read."""
+
+    main: float
+    """Main block."""
+    extension: float
+    """Further compute where adaptive and extension block run."""
+    upload_byte: float
+    """A byte that is sent."""
+    upload: float
+    """An upload, beside its bytes."""
+    source: str
+    """`modelled:<profiles>`."""
+
+    def of(self, *, extended: bool, num_bytes: int | None) -> dict[str, Any]:
+        """Of one image, as answers have it: edge_compute and upload, J, and their source.
+
+        Args:
+            extended: whether adaptive and extension block ran.
+            num_bytes: that were sent; None = there was no upload.
+        """
+        upload = 0.0 if num_bytes is None else self.upload + self.upload_byte * num_bytes
+        return {"edge_compute": self.main + self.extension * extended, "upload": upload, "source": self.source}
 
 
 @dataclass(frozen=True)
@@ -101,6 +137,12 @@ class CostModel:
         """Energy to send each of these payloads, J; bytes truly sent, and the tail as the config counts it."""
         sending = np.asarray(num_bytes, dtype=np.float64) * self.link.joules_per_byte
         return sending + tail_joules(self.link, self.tail, self.uploads_per_second)
+
+    @property
+    def image_joules(self) -> ImageJoules:
+        """The numbers alone."""
+        tail = tail_joules(self.link, self.tail, self.uploads_per_second)
+        return ImageJoules(self.main_joules, self.extension_joules, self.link.joules_per_byte, tail, self.tag)
 
     @property
     def main_seconds(self) -> float:

@@ -1,6 +1,7 @@
 """What a trained model is, apart from its weights: read from its folder without torch.
 
-    model.json           recipe, class split, class names, preprocessing, MACs and bytes moved, digest of the data
+    model.json           recipe, class split, class names, preprocessing, MACs and bytes moved, digest of the data, and
+                         what an image costs by the profiles that it names
     operating_point.json once one was chosen: gate, thresholds, hard classes in use, what it was chosen by
 
 `EdgeSpec` is what a device needs to answer, and takes nothing but numpy and Pillow; `ModelSpec` is all of it.
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from meanet.config import EnergyConfig, Recipe, energy_config
-from meanet.energy import BytesMoved, CostModel, Macs, cost_model
+from meanet.energy import BytesMoved, CostModel, ImageJoules, Macs, cost_model
 from meanet.errors import UserError
 from meanet.preprocessing import Preprocessing
 from meanet.routing import Policy
@@ -96,6 +97,24 @@ def read_edge(folder: Path) -> EdgeSpec:
         return EdgeSpec(**_edge_fields(plain, folder))
     except (KeyError, TypeError) as error:
         raise not_whole(folder, error) from error
+
+
+def read_joules(folder: Path) -> ImageJoules | None:
+    """What an image costs by the profiles of the operating point; None where the folder was written before it said so,
+    or the operating point is from elsewhere and was chosen by other profiles.
+
+    Raises:
+        UserError: it is no model's folder, or not whole.
+    """
+    plain, point = _describe(folder), folder / OPERATING_POINT
+    if "joules" not in plain:
+        return None
+    try:
+        joules = ImageJoules(**plain["joules"])
+    except TypeError as error:
+        raise not_whole(folder, error) from error
+    chosen_by = read_json(point).get("expected", {}).get("joules_source") if point.exists() else None
+    return joules if chosen_by in (None, joules.source) else None
 
 
 def read(folder: Path) -> ModelSpec:

@@ -90,6 +90,7 @@ class Tracker:
         logging.getLogger("alembic").setLevel(logging.WARNING)
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         self.uri = uri
+        self._open = set[str]()  # runs that this process began or went on with
         s3.hand_on_endpoint()  # artifacts may lie there
         _check_reachable(uri)
         try:
@@ -116,21 +117,36 @@ class Tracker:
         """A new run; returns its id. With `parent`, nested below that run."""
         nested = {"mlflow.parentRunId": parent} if parent else {}
         run = self._client.create_run(self._experiment_id, tags={**tags, **nested}, run_name=name)
+        self._open.add(str(run.info.run_id))
         rows = [Param(key, str(value)[:6000]) for key, value in flatten(params)]
         for start in range(0, len(rows), 100):
             self._client.log_batch(run.info.run_id, params=rows[start : start + 100])
         return str(run.info.run_id)
 
-    def has_run(self, run_id: str) -> bool:
-        """Whether a run is there and was not deleted."""
+    def resume_run(self, run_id: str) -> bool:
+        """Go on with a run, however an earlier process left it; False if it is not there, or was deleted."""
         try:
-            return bool(self._client.get_run(run_id).info.lifecycle_stage == "active")
+            if self._client.get_run(run_id).info.lifecycle_stage != "active":
+                return False
         except MlflowException:
             return False
+        self._client.update_run(run_id, "RUNNING")
+        self._open.add(run_id)
+        return True
 
     def end_run(self, run_id: str, status: str = "FINISHED") -> None:
         """Close a run: FINISHED, FAILED or KILLED."""
         self._client.set_terminated(run_id, status)
+        self._open.discard(run_id)
+
+    def close_open_runs(self, status: str) -> None:
+        """Close as FAILED or KILLED what this process began or went on with; in vain where the store is away."""
+        with contextlib.suppress(UserError):
+            if self._open:
+                _check_reachable(self.uri)
+            for run_id in sorted(self._open):
+                with contextlib.suppress(MlflowException):  # it was deleted meanwhile
+                    self.end_run(run_id, status)
 
     def log_steps(self, run_id: str, rows: Iterable[tuple[int, Mapping[str, float]]]) -> None:
         """(step, metrics) rows, in batches; a step logged twice keeps its last value."""
@@ -215,11 +231,6 @@ class Tracker:
     def _known(self) -> str:
         versions = self._client.search_model_versions(f"name = '{MODEL}'")
         return ", ".join(f"version {v.version}" for v in versions) or "no versions"
-
-    def download(self, version: int) -> TrainedModel:
-        """The model of a version."""
-        with tempfile.TemporaryDirectory() as folder:
-            return artifact.load(self.download_to(version, Path(folder)))
 
     def download_to(self, version: int, folder: Path) -> Path:
         """The model's folder of a version, below `folder`: weights, what it says of itself, exported engines."""

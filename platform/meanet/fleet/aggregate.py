@@ -87,6 +87,7 @@ class _Slots:
     def __init__(self, fleet: Fleet, work: Workload, seed: int, pools: Pools) -> None:
         self.fleet, self.work, self.pools = fleet, work, pools
         self.generator = np.random.default_rng((seed, 2))
+        self._fronts = np.random.default_rng((seed, 4))
         self.curve = curve(fleet, seed)
         link, cloud = fleet.link, fleet.cloud
         self._fixed_s = link.rtt_seconds / 2 + cloud.network_s
@@ -206,7 +207,7 @@ class _Slots:
         status = np.where(alone, Status.DEGRADED, drawn.kinds)
         status = np.where(come.refused[chosen], Status.REFUSED, status).astype(np.int8)
         more = fleet.edge.extension_s * (drawn.extended_alone & ~drawn.extended)
-        seconds = come.waits[chosen] + fleet.edge.front_s
+        seconds = come.waits[chosen] + fleet.edge.fronts(size, self._fronts)
         seconds += np.where(asked, np.where(late, np.maximum(budget, 0.0), cloud_s), 0.0) + np.where(alone, more, 0.0)
         seconds[status == Status.REFUSED] = np.nan
         sent = (asked & (budget > 0)) | probed

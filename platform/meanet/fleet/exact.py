@@ -114,6 +114,7 @@ class _Simulation:
         self.place: Ints = generator.integers(0, fleet.devices, count) // fleet.sources_per_edge
         self.rows: Ints = generator.integers(0, len(work.gone), count)
         self.work, self.drawn = work, work.take(self.rows)
+        self.fronts: Floats = fleet.edge.fronts(count, np.random.default_rng((seed, 5)))
         self.status = np.full(count, -1, dtype=np.int8)
         self.seconds = np.full(count, np.nan)
         self.sent = np.zeros(count, dtype=bool)
@@ -258,7 +259,7 @@ class _Simulation:
     def _answer(self, image: int, status: int, later_s: float = 0.0) -> None:
         assert self.status[image] < 0, "an image has one answer"
         self.status[image] = status
-        self.seconds[image] = self._now() + later_s - self.arrived[image] + self.fleet.edge.front_s
+        self.seconds[image] = self._now() + later_s - self.arrived[image] + self.fronts[image]
 
     def _controller(self) -> Generator[simpy.Event, None, None]:
         """Ray Serve's: how many replicas there are to be."""

@@ -4,7 +4,10 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
+
 from meanet.errors import UserError
+from meanet.routing import Floats
 
 
 def _require(condition: bool, message: str) -> None:
@@ -61,7 +64,9 @@ class EdgeTimes:
     batch_s: float = 0.0
     """Of each batch, whatever its size."""
     front_s: float = 0.0
-    """Before and after, without holding the core: HTTP, the network to the client."""
+    """Before and after, without holding the core: HTTP, the network to the client; the median."""
+    front_spread: float = 0.0
+    """How much that varies from image to image: the standard deviation of its logarithm (log-normal)."""
     max_batch: int = 64
     """Images of a batch at most."""
 
@@ -71,6 +76,10 @@ class EdgeTimes:
     def service(self, images: int, extended: int) -> float:
         """Seconds of the core for a batch of so many images, so many of them with the extension block."""
         return self.batch_s + self.main_s * images + self.extension_s * extended
+
+    def fronts(self, count: int, generator: np.random.Generator) -> Floats:
+        """(count,) what so many images wait before and after, s."""
+        return np.asarray(self.front_s * np.exp(self.front_spread * generator.standard_normal(count)))
 
 
 @dataclass(frozen=True)
