@@ -236,7 +236,7 @@ def applied(server: Server, count: int = 12) -> set[tuple[int, float | None]]:
 def rolled_out(server: Server, put: httpx.Response, version: int) -> None:
     """200 says that every replica that serves has it, 202 that this takes longer than was waited for; then it comes."""
     state = put.json()
-    everywhere = all(replica["has_it"] for replica in state["replicas"])
+    everywhere = all(replica["has_it"] for replica in state["replicas"] if replica["revision"] >= 0)  # begun to serve
     done = (state["version"], state["phase"], everywhere) == (version, "idle", True)
     assert put.status_code == (200 if done else 202), put.text
     if not done:
