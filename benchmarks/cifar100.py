@@ -214,6 +214,7 @@ def write_evidence(flags: Flags) -> dict[str, Any]:
 def main() -> None:
     """Command-line entry."""
     flags = tyro.cli(Flags, prog="python -m benchmarks.cifar100")
+    made_at = commit()  # before the evidence is another
     manifest = write_evidence(flags)
     table = ExitsTable.read(flags.evidence / "exits.parquet")
     found = search(table, table.operating_point, MEASURES)
@@ -235,7 +236,8 @@ def main() -> None:
 
 `{flags.command}`
 
-Trained at commit {flags.trained_at}, this page made at {commit()}, {time.strftime("%Y-%m-%d")}; {where(flags)}.
+Trained at commit {flags.trained_at}, this page made at {made_at}, {time.strftime("%Y-%m-%d")}; {where(flags)}.
+
 {flags.note}
 
 45,000 images to train on, 5,000 to choose on, CIFAR-100's own 10,000 to report on.
