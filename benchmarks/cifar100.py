@@ -1,8 +1,9 @@
 """What a CIFAR-100 run came to: `python -m benchmarks.cifar100 outputs/cifar100_resnet32_b_fast`
 -> docs/benchmarks/cifar100.md with its plots, and benchmarks/evidence/cifar100_resnet32_b.
 
-The run is `jobs.train` and `jobs.evaluate`. Its exits table is rounded to what the evidence has room for; all here
-follows from the rounded table, so that whoever starts from the evidence gets these figures. Nothing is chosen on test.
+The run is `jobs.train` and `jobs.evaluate`, or `benchmarks.gpu_training`. Its exits table is rounded to what the
+evidence has room for; all here follows from the rounded table, so that whoever starts from the evidence gets these
+figures. Nothing is chosen on test.
 """
 
 import hashlib
@@ -46,13 +47,13 @@ class Flags:
     """Write the page, the plots and the evidence."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """The run's folder: run.json, model/, exits.parquet."""
-    tracking_uri: str
-    """Its MLflow store."""
+    """The run's folder: model/, exits.parquet, and run.json or benchmarks.gpu_training's history.json."""
     command: str
     """The command that trained it, as a reader would give it."""
     trained_at: str
     """The commit that trained it."""
+    tracking_uri: str = ""
+    """Its MLflow store; of no use to a run with a history.json."""
     note: str = ""
     """What else a reader should know of the run."""
     page: Path = Path("docs/benchmarks/cifar100.md")
@@ -77,22 +78,54 @@ def rounded(table: pa.Table, hard_classes: tuple[int, ...]) -> pa.Table:
     return table
 
 
-def phases(flags: Flags) -> list[str]:
-    """A line a phase, from MLflow: epochs, seconds an epoch, final loss and validation accuracy."""
+def history(flags: Flags) -> dict[str, list[dict[str, float]]]:
+    """Phase -> an entry an epoch: seconds, loss, validation_accuracy; of the run's history.json, or of MLflow."""
+    keys, found = ("seconds", "loss", "validation_accuracy"), dict[str, list[dict[str, float]]]()
+    if (kept := recorded(flags)) is not None:
+        for row in kept["phases"]:
+            found.setdefault(row["phase"], []).append({key: row[key] for key in keys})
+        return found
     client = MlflowClient(flags.tracking_uri)
+    for phase, run in json.loads((flags.run / "run.json").read_text())["phase_runs"].items():
+        columns = {key: {m.step: m.value for m in client.get_metric_history(run, key)} for key in keys}
+        found[phase] = [{key: columns[key][step] for key in keys} for step in sorted(columns["loss"])]
+    return found
+
+
+def recorded(flags: Flags) -> dict[str, Any] | None:
+    """The history.json of a run without Ray and MLflow."""
+    path = flags.run / "history.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def phases(flags: Flags) -> list[str]:
+    """A line a phase: epochs, seconds an epoch, final loss and validation accuracy."""
     lines = [
         "| phase | epochs | seconds an epoch (median) | last loss | validation accuracy |",
         "|---|---|---|---|---|",
     ]
-    runs = json.loads((flags.run / "run.json").read_text())["phase_runs"]
-    for phase, run in runs.items():
-        history = {
-            key: [*{metric.step: metric.value for metric in client.get_metric_history(run, key)}.values()]
-            for key in ("seconds", "loss", "validation_accuracy")
-        }
-        seconds, loss, accuracy = history.values()
-        lines.append(f"| {phase} | {len(loss)} | {median(seconds):.0f} | {loss[-1]:.3f} | {accuracy[-1]:.2%} |")
+    for phase, epochs in history(flags).items():
+        last, seconds = epochs[-1], median(row["seconds"] for row in epochs)
+        lines.append(
+            f"| {phase} | {len(epochs)} | {seconds:.{0 if seconds >= 10 else 1}f} | {last['loss']:.3f} "
+            f"| {last['validation_accuracy']:.2%} |"
+        )
     return lines
+
+
+def where(flags: Flags) -> str:
+    """What trained it, and what made the page."""
+    here = f"{os.cpu_count()} CPUs ({platform.machine()}), no GPU, Python {platform.python_version()}, " + ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "torchvision", "ray", "mlflow", "numpy")
+    )
+    if (kept := recorded(flags)) is None:
+        return here
+    on = kept["machine"]
+    return (
+        f"trained in {json.loads((flags.run / 'model' / 'model.json').read_text())['recipe']['precision']} on one "
+        f"{on['device']} (Python {on['python']}, torch {on['torch']}, cuDNN {on['cudnn']}), everything else in "
+        f"float32 on {here}"
+    )
 
 
 def policies(table: ExitsTable, found: Search, facts: report.Facts) -> tuple[dict[str, Any], list[str]]:
@@ -181,11 +214,13 @@ def write_evidence(flags: Flags) -> dict[str, Any]:
 def main() -> None:
     """Command-line entry."""
     flags = tyro.cli(Flags, prog="python -m benchmarks.cifar100")
+    made_at = commit()  # before the evidence is another
     manifest = write_evidence(flags)
     table = ExitsTable.read(flags.evidence / "exits.parquet")
     found = search(table, table.operating_point, MEASURES)
-    record = json.loads((flags.run / "run.json").read_text())
-    facts = report.Facts(table.recipe.seed, flags.trained_at, record["seconds"], {})
+    record = flags.run / "run.json"
+    seconds = json.loads(record.read_text())["seconds"] if record.exists() else {}
+    facts = report.Facts(table.recipe.seed, flags.trained_at, seconds, {})
     built, lines = policies(table, found, facts)
     folder = flags.page.parent / flags.page.stem
     folder.mkdir(parents=True, exist_ok=True)
@@ -195,19 +230,17 @@ def main() -> None:
     (folder / "report.json").write_text(json.dumps(built, indent=2) + "\n")
     overlap = len(set(table.hard_classes) & {int(word) for word in AUTHORS_HARD.split()})
     weights = load_file(flags.run / "model" / "edge.safetensors")
-    names = ("torch", "torchvision", "ray", "mlflow", "numpy")
-    versions = ", ".join(f"{name} {version(name)}" for name in names)
     gate = found.chosen["gate"]
     images = [f"![{name.replace('_', ' ')}]({flags.page.stem}/{name}.png)" for name in figures]
     text = f"""# CIFAR-100, ResNet-32 B on the edge, ResNet-18 in the cloud
 
 `{flags.command}`
 
-Trained at commit {flags.trained_at}, this page made at {commit()}, {time.strftime("%Y-%m-%d")}; {os.cpu_count()} CPUs
-({platform.machine()}), no GPU, Python {platform.python_version()}, {versions}. {flags.note}
+Trained at commit {flags.trained_at}, this page made at {made_at}, {time.strftime("%Y-%m-%d")}; {where(flags)}.
 
-A schedule cut to what two CPU cores train in an hour or so; the full schedules, 3 seeds and ResNet-32 A beside them
-wait for a GPU. 45,000 images to train on, 5,000 to choose on, CIFAR-100's own 10,000 to report on.
+{flags.note}
+
+45,000 images to train on, 5,000 to choose on, CIFAR-100's own 10,000 to report on.
 
 {chr(10).join(phases(flags))}
 

@@ -40,10 +40,11 @@ class TrainedModel(ModelSpec):
     """With their weights."""
 
 
-def from_state(state: State, splits: Splits) -> TrainedModel:
-    """The model of a finished training run over these splits."""
+def from_state(state: State, splits: Splits, recipe: Recipe | None = None) -> TrainedModel:
+    """The model of a finished training run over these splits; `recipe` where it is at hand (to rebuild it from the
+    state takes pydantic)."""
     assert state.finished, "an unfinished run has no model"
-    recipe = Recipe.from_dict(state.recipe)
+    recipe = recipe or Recipe.from_dict(state.recipe)
     preprocessing = preprocessing_of(recipe, splits)
     networks = build_networks(recipe, preprocessing.image_shape, splits.table.num_classes)
     for name, weights in state.weights.items():

@@ -79,26 +79,27 @@ def _exits_of(model: TrainedModel, table: Images, split: str, rows: Ints) -> pa.
 
 @torch.inference_mode()
 def _run(model: TrainedModel, table: Images, rows: Ints, lossy: Payload | None) -> dict[str, Any]:
-    """What every network says of every image.
+    """What every network says of every image, on the device where the networks are.
 
     Returns:
         (N, C), (N, H) and (N, C) logits of `main`, `extension` and `cloud`, and `png_bytes` (N,); with a payload that
         loses something, also `lossy_cloud` (N, C), the cloud's logits of what arrives, and `lossy_bytes` (N,).
     """
     parts: list[dict[str, Any]] = []
+    device = next(model.networks.cloud.parameters()).device
     for images in table.batches(rows, table.evaluation_batch):
-        batch = torch.from_numpy(model.preprocessing.normalise(images))
+        batch = torch.from_numpy(model.preprocessing.normalise(images)).to(device)
         features, logits = model.networks.meanet.main(batch)
         part = {
-            "main": logits.numpy(),
-            "extension": model.networks.meanet.path(batch, features).numpy(),
-            "cloud": model.networks.cloud(batch).numpy(),
+            "main": logits.cpu().numpy(),
+            "extension": model.networks.meanet.path(batch, features).cpu().numpy(),
+            "cloud": model.networks.cloud(batch).cpu().numpy(),
             "png_bytes": transmit(images, "png")[1],
         }
         if lossy:
             arrived, part["lossy_bytes"] = transmit(images, lossy)
-            again = torch.from_numpy(model.preprocessing.normalise(arrived))
-            part["lossy_cloud"] = model.networks.cloud(again).numpy()
+            again = torch.from_numpy(model.preprocessing.normalise(arrived)).to(device)
+            part["lossy_cloud"] = model.networks.cloud(again).cpu().numpy()
         parts.append(part)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

@@ -159,6 +159,9 @@ def autocast(device: torch.device, *, enabled: bool) -> torch.autocast:
 class PhaseRunner:
     """Trains one phase, epoch by epoch, from wherever the state says it stands."""
 
+    compiles = True
+    """Whether the module is compiled where there is a GPU and a C compiler."""
+
     def __init__(self, phase: Phase, feed: Feed, worker: Worker, state: State, seed: int) -> None:
         self.phase, self.feed, self.worker, self.state, self.seed = phase, feed, worker, state, seed
         config = phase.config
@@ -168,7 +171,7 @@ class PhaseRunner:
         if self.mixed:
             module.to(memory_format=torch.channels_last)
         self.module = worker.wrap(module)
-        if worker.device.type == "cuda" and shutil.which("cc"):  # its kernels are built by the C compiler
+        if self.compiles and worker.device.type == "cuda" and shutil.which("cc"):  # which builds its kernels
             self.module.compile()
         self.optimizer = torch.optim.SGD(
             module.parameters(),

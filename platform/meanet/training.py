@@ -147,6 +147,9 @@ class FrozenFeatures:
 class Trainer:
     """All phases of one recipe over one data set; `check` them first."""
 
+    runner = PhaseRunner
+    """What trains a phase."""
+
     def __init__(
         self,
         recipe: Recipe,
@@ -173,7 +176,7 @@ class Trainer:
         while not self.state.finished:
             name = PHASES[self.state.phase]
             if name in phases:
-                PhaseRunner(make[name](), self.feed, self.worker, self.state, self.recipe.seed).run()
+                self.runner(make[name](), self.feed, self.worker, self.state, self.recipe.seed).run()
             else:
                 self.state.phase += 1
         return self.state
