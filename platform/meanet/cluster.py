@@ -161,6 +161,8 @@ def _train_loop(config: dict[str, Any]) -> None:
     worker = RayWorker(_reporter(config["mailbox"]))
     feed = resident_feed if isinstance(splits.table, ImageTable) else streaming_feed
     trainer = Trainer(recipe, splits, worker, state, feed)
+    first_of_node = torch.tensor(float(ray.train.get_context().get_local_rank() == 0), device=worker.device)
+    nodes = int(worker.total(first_of_node))  # summed over all workers
     _send(
         config["mailbox"],
         {
@@ -168,6 +170,7 @@ def _train_loop(config: dict[str, Any]) -> None:
             "at": time.time(),
             "pid": os.getpid(),
             "workers": worker.world_size,
+            "nodes": nodes,
             "epochs_done": len(state.history) if state else 0,
             "resumed": state is not None,
         },

@@ -1,0 +1,323 @@
+"""The whole life on three Ray nodes, a real S3 server and a real MLflow server, from one command; then nodes die."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import boto3
+import httpx
+import pytest
+from conftest import ENVIRONMENT, ROOT
+from mlflow import MlflowClient
+from test_submit import copy_of_tree
+
+from jobs import _processes
+from meanet import data
+from meanet.loop import PHASES
+from meanet.preprocessing import encode_png
+from meanet.recipes import digits
+
+pytestmark = pytest.mark.cluster
+EPOCHS = [f"--{phase}.epochs=3" for phase in ("main", "extension", "cloud")]
+
+
+def python(
+    *words: str, environment: dict[str, str], cwd: Path, timeout: int = 400
+) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, *words], env=environment, cwd=cwd, capture_output=True, text=True, check=False, timeout=timeout
+    )
+
+
+@dataclass(frozen=True)
+class Here:
+    """The cluster of `make cluster`, and where its user stands."""
+
+    folder: Path
+    environment: dict[str, str]
+    """After sourcing what it printed, from a shell with nothing else set."""
+    elsewhere: Path
+    """Another copy of the repository, from which jobs are submitted."""
+
+    def view(self) -> dict[str, Any]:
+        done = self.command("status", "--json")
+        assert done.returncode == 0, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    def command(self, *words: str) -> "subprocess.CompletedProcess[str]":
+        return python("-m", "jobs.cluster", *words, "--folder", str(self.folder), environment=ENVIRONMENT, cwd=ROOT)
+
+    def raylet(self, name: str) -> int:
+        (found,) = [part["raylet"] for part in self.view()["parts"] if part["name"] == f"Ray node {name}"]
+        assert found, f"{name} has a raylet"
+        return int(found)
+
+    def nodes(self) -> dict[str, str]:
+        """Ray's ids of the nodes that are alive, by their own resource; asked of Ray in a process of its own."""
+        code = (
+            "import json, ray; ray.init(log_to_driver=False, logging_level='ERROR'); "
+            "print(json.dumps({kind: n['NodeID'] for n in ray.nodes() if n['Alive'] "
+            "for kind in ('edge', 'cloud') if kind in n['Resources']}))"
+        )
+        done = python("-c", code, environment=self.environment, cwd=self.folder)
+        assert done.returncode == 0, done.stderr
+        found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+
+def sourced(env: Path) -> dict[str, str]:
+    """A shell's environment after sourcing the file."""
+    shell = subprocess.run(
+        ["bash", "-c", f"set -eu; source {env}; env -0"], env=ENVIRONMENT, capture_output=True, text=True, check=True
+    )
+    return dict(line.split("=", 1) for line in shell.stdout.split("\0") if line)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
+    folder = tmp_path_factory.mktemp("cluster")
+    command = ["-m", "jobs.cluster", "up", "--folder", str(folder), "--dashboard-port", "0", "--mlflow-port", "0"]
+    done = python(*command, "--json", environment=ENVIRONMENT, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    view = json.loads(done.stdout)
+    record = json.loads((folder / "cluster.json").read_text())
+    found = Here(folder, sourced(Path(view["env"])), copy_of_tree(tmp_path_factory.mktemp("elsewhere") / "tree"))
+    try:
+        yield found
+        assert_no_secrets(found, record)
+    finally:
+        assert found.command("down").returncode == 0
+        assert _processes.marked(record["mark"]) == [], "all of it ends"
+        assert not Path(record["temporary"]).exists()
+
+
+def assert_no_secrets(here: Here, record: dict[str, Any]) -> None:
+    """Neither Ray's token nor the bucket's secret stands in a log or in a table of the MLflow server's."""
+    secrets = [Path(here.environment["RAY_AUTH_TOKEN_PATH"]).read_text(), here.environment["AWS_SECRET_ACCESS_KEY"]]
+    logs = [*(here.folder / "logs").iterdir(), *(here.folder / "mlflow").iterdir()]
+    logs += Path(record["temporary"]).rglob("session_2*/logs/**/*")
+    read = 0
+    for path in logs:
+        if path.is_file():
+            read += 1
+            data = path.read_bytes()
+            assert not any(secret.encode() in data for secret in secrets), path
+    assert read > 30, "there are logs"
+
+
+def keys(here: Here, bucket: str) -> Counter[str]:
+    """How many objects a bucket has, by the last parts of their keys."""
+    client = boto3.client(
+        "s3",
+        endpoint_url=here.environment["AWS_ENDPOINT_URL"],
+        aws_access_key_id=here.environment["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=here.environment["AWS_SECRET_ACCESS_KEY"],
+        region_name="us-east-1",
+    )
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket)
+    return Counter(one["Key"].rsplit("/", 1)[-1] for page in pages for one in page.get("Contents", []))
+
+
+@dataclass(frozen=True)
+class Lived:
+    record: dict[str, Any]
+    said: str
+    output: Path
+
+
+@pytest.fixture(scope="module")
+def lived(here: Here, tmp_path_factory: pytest.TempPathFactory) -> Lived:
+    """One command, from another folder, with a shell's environment; each job is submitted."""
+    output = tmp_path_factory.mktemp("life")
+    port = str(_processes.free_ports(1)[0])
+    environment = here.environment | {"PYTHONPATH": f"{here.elsewhere / 'platform'}{os.pathsep}{here.elsewhere}"}
+    words = ["digits", "--output", str(output), "--port", port, "--submit", "--workers", "2", "--trials", "2"]
+    done = python(
+        "-m", "jobs.life", *words, *EPOCHS, "--json", environment=environment, cwd=here.elsewhere, timeout=590
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Lived(json.loads(done.stdout), done.stderr, output)
+
+
+def test_second_cluster_in_the_folder_is_refused(here: Here) -> None:
+    done = here.command("up")
+    assert done.returncode == 1
+    assert "error: a cluster is running in" in done.stderr
+
+
+def test_whole_life_from_one_command(here: Here, lived: Lived) -> None:
+    result, nodes = lived.record["result"], here.nodes()
+    assert result["images"] >= 450
+    assert (result["mismatches"], result["accuracy"] > 0.8) == (0, True)
+    assert set(result["nodes"]["edge"]) == {nodes["edge"]}, "edge replicas run on the edge node"
+    assert set(result["nodes"]["cloud"]) == {nodes["cloud"]}, "cloud replicas run on the cloud node"
+    assert sum(result["nodes"]["cloud"].values()) == result["exits"]["cloud"] > 0
+    assert "2 worker(s) started on 2 node(s)" in lived.said, "the main phase is data-parallel over nodes"
+    assert list(lived.record["seconds"]) == [
+        "ingest",
+        "train",
+        "evaluate",
+        "tune",
+        "register",
+        "promote",
+        "deploy",
+        "classify",
+    ]
+
+
+def test_everything_lies_in_s3(here: Here, lived: Lived) -> None:
+    ours, theirs = keys(here, "meanet"), keys(here, "mlflow")
+    assert ours["00000-of-00001.parquet"] == 1, "data"
+    assert ours["state.pt"] >= 1, "checkpoints"
+    assert ours["exits.parquet"] == 1, "exits table"
+    assert theirs["MLmodel"] == 1, "registered model"
+    assert theirs["report.json"] == 1, "the study's artifacts"
+    client = MlflowClient(tracking_uri=here.environment["MLFLOW_TRACKING_URI"])
+    assert client.get_model_version_by_alias("meanet", "champion").version == "1"
+    (version,) = lived.record["result"]["versions"]
+    assert version == "1"
+
+
+def test_failed_job_says_why_last(here: Here, lived: Lived) -> None:
+    words = ["-m", "ray.scripts.scripts", "job", "submit", "--runtime-env", "jobs/runtime_env.yaml", "--"]
+    done = python(
+        *words, "python", "-m", "jobs.promote", "99", environment=here.environment, cwd=here.elsewhere, timeout=120
+    )
+    assert done.returncode == 1
+    said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    assert "error: model 'meanet' has no version '99'" in said[-1], said[-5:]
+
+
+# Nodes die
+
+
+class Load(threading.Thread):
+    """Asks the server without a pause between answers and the next request, until it is told to stop."""
+
+    def __init__(self, url: str, bodies: list[bytes]) -> None:
+        super().__init__(name="load", daemon=True)
+        self._url, self._bodies = url, bodies
+        self._over = threading.Event()
+        self.statuses: Counter[int | str] = Counter()
+        self.answers: list[dict[str, Any]] = []
+
+    def run(self) -> None:
+        with httpx.Client(base_url=self._url, timeout=30) as client:
+            while not self._over.wait(0.05):
+                body = self._bodies[len(self.answers) % len(self._bodies)]
+                try:
+                    response = client.post("/v1/classify", content=body, headers={"content-type": "image/png"})
+                except httpx.HTTPError as error:
+                    self.statuses[repr(error)] += 1
+                    continue
+                self.statuses[response.status_code] += 1
+                self.answers.append(response.json())
+
+    def until(self, wanted: Any, patience_s: float = 90) -> dict[str, Any]:
+        """The first of the answers from now on that is as wanted."""
+        seen, deadline = len(self.answers), time.monotonic() + patience_s
+        while time.monotonic() < deadline:
+            for answer in self.answers[seen:]:
+                seen += 1
+                if wanted(answer):
+                    return answer
+            time.sleep(0.05)
+        raise AssertionError(f"no such answer; {self.statuses}, the last one {self.answers[-1:]}")
+
+    def stop(self) -> None:
+        self._over.set()
+        self.join()
+
+
+def test_cloud_node_dies_under_load_and_a_new_one_is_used(here: Here, lived: Lived) -> None:
+    url, before = lived.record["url"], here.nodes()
+    table = data.load(digits().data)
+    bodies = [encode_png(table.images[row]) for row in range(400)]
+    with httpx.Client(base_url=url, timeout=30) as client:
+        first = [client.post("/v1/classify", content=body, headers={"content-type": "image/png"}) for body in bodies]
+    complex_ones = [body for body, answer in zip(bodies, first, strict=True) if answer.json()["exit"] == "cloud"]
+    assert complex_ones, "some images go to the cloud"
+    load = Load(url, complex_ones)
+    load.start()
+    try:
+        load.until(lambda answer: answer["served_by"]["cloud"] == before["cloud"])
+        os.kill(here.raylet("cloud-1"), signal.SIGKILL)
+        lost = load.until(lambda answer: answer["degraded"])
+        assert lost["reason"].startswith("cloud ")
+        assert (lost["exit"] in ("main", "extension"), lost["served_by"]["edge"]) == (True, before["edge"])
+        added = here.command("add", "cloud")
+        assert added.returncode == 0, added.stderr
+        back = load.until(lambda answer: answer["served_by"]["cloud"] not in (None, before["cloud"]))
+    finally:
+        load.stop()
+    assert back["exit"] == "cloud"
+    assert set(load.statuses) == {200}, "no request failed"
+    assert here.nodes() == {"edge": before["edge"], "cloud": back["served_by"]["cloud"]}
+
+
+def training_raylets(mark: str) -> set[int]:
+    """Of the nodes that hold training workers: their processes' parents."""
+    found = set()
+    for pid in _processes.marked(mark):
+        try:
+            if b"TrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.add(int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]))
+        except OSError:
+            continue
+    return found
+
+
+def test_training_goes_on_when_a_node_with_a_worker_dies(here: Here, tmp_path: Path) -> None:
+    epochs = 12
+    words = ["jobs.train", "digits", "--workers", "2", "--output", str(tmp_path / "run"), "--json"]
+    words += ["--storage", "s3://meanet/killed", *(f"--{phase}.epochs={epochs}" for phase in PHASES)]
+    mark, nodes = json.loads((here.folder / "cluster.json").read_text())["mark"], here.view()["parts"]
+    others = {part["raylet"] for part in nodes if part["raylet"] and part["name"] != "Ray node head"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", *words],
+        env=here.environment,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    said: list[str] = []
+    killed: set[int] = set()
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            said.append(line)
+            if not killed and re.search(r"main +epoch +3/", line):
+                killed = set(sorted(training_raylets(mark) & others)[:1])
+                assert killed, "a worker runs on a node other than the head"
+                os.kill(next(iter(killed)), signal.SIGKILL)
+        assert process.stdout is not None
+        result = process.stdout.read()
+        process.wait(60)
+    finally:
+        process.kill()
+        process.communicate()
+    text = "".join(said)
+    assert process.returncode == 0, text
+    resumed = re.search(r"2 worker\(s\) resumed from the last checkpoint on (\d) node\(s\), pid \d+, (\d+) of", text)
+    assert resumed is not None, text
+    assert int(resumed[2]) >= 2, "epochs that were over are not trained again"
+    client = MlflowClient(tracking_uri=here.environment["MLFLOW_TRACKING_URI"])
+    run = json.loads(result)["mlflow_run"]
+    query = f"tags.`mlflow.parentRunId` = '{run}'"
+    phases = client.search_runs([client.get_run(run).info.experiment_id], query)
+    steps = {one.data.tags["phase"]: client.get_metric_history(one.info.run_id, "loss") for one in phases}
+    assert {name: {point.step for point in points} for name, points in steps.items()} == {
+        phase: set(range(1, epochs + 1)) for phase in PHASES
+    }
