@@ -161,8 +161,7 @@ def _train_loop(config: dict[str, Any]) -> None:
     worker = RayWorker(_reporter(config["mailbox"]))
     feed = resident_feed if isinstance(splits.table, ImageTable) else streaming_feed
     trainer = Trainer(recipe, splits, worker, state, feed)
-    first_of_node = torch.tensor(float(ray.train.get_context().get_local_rank() == 0), device=worker.device)
-    nodes = int(worker.total(first_of_node))  # summed over all workers
+    nodes = _nodes(worker)
     _send(
         config["mailbox"],
         {
@@ -176,6 +175,14 @@ def _train_loop(config: dict[str, Any]) -> None:
         },
     )
     trainer.run()
+
+
+def _nodes(worker: RayWorker) -> list[str]:
+    """Ray's ids of the nodes on which the group's workers run; called by every worker."""
+    own = bytes.fromhex(ray.get_runtime_context().get_node_id())
+    ids = torch.zeros(worker.world_size, len(own), device=worker.device)
+    ids[worker.rank] = torch.tensor(list(own), dtype=torch.float32)
+    return sorted({bytes(row).hex() for row in worker.total(ids).int().tolist()})  # each row has one that is not 0
 
 
 def save_state(state: State, folder: Path) -> None:
