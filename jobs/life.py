@@ -39,7 +39,7 @@ class Flags:
     recipe: _cli.RecipeFlags
     """The recipe's own fields; `--data.source` is what is ingested."""
     storage: str = "s3://meanet/life"
-    """Folder for data, checkpoints and exits tables: s3://bucket/path, or a path that every node can write."""
+    """Folder for data, checkpoints, exits table and study: s3://bucket/path, or a path that every node can write."""
     output: Path = Path("outputs/life")
     """Folder of runs, which outlives jobs and which every node can write."""
     workers: int | None = None
@@ -192,7 +192,7 @@ class Life:
 
     def _tune(self) -> None:
         words = ("--base", self._run_folder, "--output", self._study_folder, "--trials", str(self.flags.trials))
-        self._step("tune", self.flags.space, *self._recipe, *words)
+        self._step("tune", self.flags.space, *self._recipe, *words, "--results", f"{self._place}/study")
 
     def _register(self) -> None:
         self._step("register", self._study_folder, "--engines", self.flags.engines)

@@ -3,9 +3,10 @@
 Joins the cluster in RAY_ADDRESS or starts a local one. Run again after an interruption, it goes on where it stopped.
 """
 
+import contextlib
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,18 +58,33 @@ def train(run: RunFolder, recipe: Recipe, tracker: Tracker, workers: int | None,
     show = _progress.TrainingProgress(
         {name: getattr(recipe, name).epochs for name in PHASES}, epoch_work(recipe, splits)
     )
-    state = cluster.train(
-        recipe,
-        splits,
-        storage=storage or str((run.root / "train").absolute()),
-        name=run.record.id,
-        num_workers=workers,
-        on_event=_both(show, log.on_event),
-    )
-    model = artifact.from_state(state, splits)
-    artifact.save(model, run.model)
-    log.complete(state)
+    with _closing(run, tracker):
+        state = cluster.train(
+            recipe,
+            splits,
+            storage=storage or str((run.root / "train").absolute()),
+            name=run.record.id,
+            num_workers=workers,
+            on_event=_both(show, log.on_event),
+        )
+        model = artifact.from_state(state, splits)
+        artifact.save(model, run.model)
+        log.complete(state)
     return model
+
+
+@contextlib.contextmanager
+def _closing(run: RunFolder, tracker: Tracker) -> Iterator[None]:
+    """Leave no MLflow run open behind a stop (KILLED) or a failure (FAILED): the same command goes on with them."""
+    try:
+        yield
+    except BaseException as error:
+        status = "FAILED" if isinstance(error, Exception) else "KILLED"  # Ctrl-C, and the SIGTERM of `ray job stop`
+        with contextlib.suppress(Exception):  # the store may be what has failed
+            for one in (*run.record.phase_runs.values(), run.record.mlflow_run):
+                if one is not None:
+                    tracker.end_run(one, status)
+        raise
 
 
 def check_cluster(splits: Splits, workers: int | None, storage: str | None) -> str | None:

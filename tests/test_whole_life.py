@@ -22,6 +22,7 @@ from mlflow import MlflowClient
 from test_submit import copy_of_tree
 
 from jobs import _processes
+from jobs.deploy import CONFIG
 from meanet import data
 from meanet.loop import PHASES
 from meanet.preprocessing import encode_png
@@ -180,7 +181,8 @@ def test_everything_lies_in_s3(here: Here, lived: Lived) -> None:
     ours, theirs = keys(here, "meanet"), keys(here, "mlflow")
     assert ours["00000-of-00001.parquet"] == 1, "data"
     assert ours["state.pt"] >= 1, "checkpoints"
-    assert ours["exits.parquet"] == 1, "exits table"
+    assert ours["exits.parquet"] == 2, "exits tables of the run and of the study"
+    assert (ours["trial.json"], ours["operating_point.json"], ours["tuner.pkl"]) == (2, 1, 1), "Tune's results"
     assert theirs["MLmodel"] == 1, "registered model"
     assert theirs["report.json"] == 1, "the study's artifacts"
     client = MlflowClient(tracking_uri=here.environment["MLFLOW_TRACKING_URI"])
@@ -189,14 +191,68 @@ def test_everything_lies_in_s3(here: Here, lived: Lived) -> None:
     assert version == "1"
 
 
+SUBMIT = ("-m", "ray.scripts.scripts", "job", "submit", "--runtime-env", "jobs/runtime_env.yaml")
+
+
 def test_failed_job_says_why_last(here: Here, lived: Lived) -> None:
-    words = ["-m", "ray.scripts.scripts", "job", "submit", "--runtime-env", "jobs/runtime_env.yaml", "--"]
-    done = python(
-        *words, "python", "-m", "jobs.promote", "99", environment=here.environment, cwd=here.elsewhere, timeout=120
-    )
+    job = ["--", "python", "-m", "jobs.promote", "99"]
+    done = python(*SUBMIT, *job, environment=here.environment, cwd=here.elsewhere, timeout=120)
     assert done.returncode == 1
     said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     assert "error: model 'meanet' has no version '99'" in said[-1], said[-5:]
+
+
+def test_failed_deployment_says_why_last_and_the_one_before_answers_on(
+    here: Here, lived: Lived, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(CONFIG.read_text().replace("serve_apps.graph:app", "serve_apps.nothing:app"))
+    words = ["-m", "jobs.deploy", "--port", lived.record["url"].rpartition(":")[2]]
+    done = python(*words, "--config", str(broken), environment=here.environment, cwd=ROOT, timeout=200)
+    assert done.returncode == 1
+    assert re.search(r"error: meanet could not be deployed: .*serve_apps.nothing", done.stderr.splitlines()[-1])
+    assert httpx.get(f"{lived.record['url']}/healthz", timeout=30).json()["status"] == "ok"
+    again = python(*words, "--json", environment=here.environment, cwd=ROOT, timeout=200)
+    assert json.loads(again.stdout) == {"application": "meanet", "url": lived.record["url"], "version": 1}
+
+
+def test_submission_returns_and_a_stop_leaves_things_clean(here: Here, lived: Lived, tmp_path: Path) -> None:
+    words = [
+        "python",
+        "-m",
+        "jobs.train",
+        "digits",
+        "--workers",
+        "2",
+        "--output",
+        str(tmp_path),
+        "--main.epochs",
+        "500",
+    ]
+    done = python(*SUBMIT, "--no-wait", "--", *words, environment=here.environment, cwd=here.elsewhere, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (job,) = set(re.findall(r"raysubmit_\w+", done.stdout + done.stderr))
+    cli = (sys.executable, "-m", "ray.scripts.scripts", "job")
+    with subprocess.Popen(
+        [*cli, "logs", "--follow", job],
+        env=here.environment,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as logs:
+        assert logs.stdout is not None
+        assert any("epoch   2/500" in line for line in logs.stdout), "logs follow"
+        python(*cli[1:], "stop", job, environment=here.environment, cwd=tmp_path, timeout=60)
+        logs.stdout.read()
+    mark = json.loads((here.folder / "cluster.json").read_text())["mark"]
+    deadline = time.monotonic() + 60
+    while training_raylets(mark) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert training_raylets(mark) == set(), "no worker is left"
+    run = json.loads((tmp_path / "run.json").read_text())["mlflow_run"]
+    client = MlflowClient(tracking_uri=here.environment["MLFLOW_TRACKING_URI"])
+    assert client.get_run(run).info.status == "KILLED"
 
 
 # Nodes die
