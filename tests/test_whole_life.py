@@ -212,6 +212,11 @@ def test_failed_deployment_says_why_last_and_the_one_before_answers_on(
     assert done.returncode == 1
     assert re.search(r"error: meanet could not be deployed: .*serve_apps.nothing", done.stderr.splitlines()[-1])
     assert httpx.get(f"{lived.record['url']}/healthz", timeout=30).json()["status"] == "ok"
+    own = tmp_path / "meanet.yaml"  # as committed, but for addresses
+    text = CONFIG.read_text().replace("http://127.0.0.1:5000", here.environment["MLFLOW_TRACKING_URI"])
+    own.write_text(text.replace("port: 8000", f"port: {words[-1]}"))
+    serve = str(Path(sys.executable).parent / "serve")
+    subprocess.run([serve, "deploy", str(own)], env=here.environment, cwd=tmp_path, check=True, capture_output=True)
     again = python(*words, "--json", environment=here.environment, cwd=ROOT, timeout=200)
     assert json.loads(again.stdout) == {"application": "meanet", "url": lived.record["url"], "version": 1}
 

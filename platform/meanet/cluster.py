@@ -24,6 +24,7 @@ import torch
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from meanet.config import Recipe
 from meanet.data import ImageTable, Splits
@@ -244,7 +245,10 @@ def train(
     """
     workers = scaling(num_workers, streaming=not isinstance(splits.table, ImageTable))
     system, place = resolve(storage)  # ours, for it outwaits an outage of S3
-    mailbox = ray.remote(_Mailbox).options(num_cpus=0).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    mailbox = (
+        ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
+    )  # no other node's loss ends it
     trainer = TorchTrainer(
         _train_loop,
         train_loop_config={"recipe": recipe.to_dict(), "mailbox": mailbox, "splits": ray.put(splits)},
