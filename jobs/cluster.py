@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jobs import _cli, _processes, _progress
+from jobs import _processes, _progress
 from jobs._mlflow_server import MlflowServer
 from jobs._processes import Part
 from jobs._ray_nodes import Kind, Node, serve_variables
@@ -333,7 +333,7 @@ def _until_interrupted(cluster: Cluster) -> None:
 @exit_on_user_error
 def main() -> None:
     """Command-line entry."""
-    flags = _cli.parse("cluster", Flags)
+    flags = tyro.cli(Flags, prog="python -m jobs.cluster")  # not by _cli, which brings torch and MLflow along
     if (flags.kind is None) == (flags.action == "add"):
         raise UserError("give `add` a kind of node, edge or cloud" if flags.kind is None else f"drop {flags.kind!r}")
     signal.signal(signal.SIGTERM, _interrupt)
