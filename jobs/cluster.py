@@ -336,7 +336,8 @@ def main() -> None:
     flags = tyro.cli(Flags, prog="python -m jobs.cluster")  # not by _cli, which brings torch and MLflow along
     if (flags.kind is None) == (flags.action == "add"):
         raise UserError("give `add` a kind of node, edge or cloud" if flags.kind is None else f"drop {flags.kind!r}")
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background commands are started with SIGINT ignored
+        signal.signal(number, _interrupt)
     cluster = Cluster(flags.folder)
     if flags.action == "up":
         with cluster.alone():
