@@ -97,6 +97,16 @@ def test_everything_lies_in_s3(here: Here, lived: Lived) -> None:
 SUBMIT = ("-m", "ray.scripts.scripts", "job", "submit", "--runtime-env", "jobs/runtime_env.yaml")
 
 
+def test_sweep_of_the_buckets_table_as_a_job(here: Here, lived: Lived) -> None:
+    job = ["--", "python", "-m", "jobs.sweep", f"s3://meanet/life/{lived.record['id']}/exits.parquet"]
+    done = python(*SUBMIT, *job, environment=here.environment, cwd=here.elsewhere, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.search(r"^(\d+) policies covered", done.stdout, re.MULTILINE)
+    assert found is not None, done.stdout
+    assert int(found[1]) > 100
+    assert re.search(r"^operating point \w+, on validation", done.stdout, re.MULTILINE)
+
+
 def test_failed_job_says_why_last(here: Here, lived: Lived) -> None:
     job = ["--", "python", "-m", "jobs.promote", "99"]
     done = python(*SUBMIT, *job, environment=here.environment, cwd=here.elsewhere, timeout=120)
