@@ -50,6 +50,8 @@ def begin(name: str, command: Sequence[str], environment: Mapping[str, str], mar
             stderr=output,
             start_new_session=True,
         )
+    # A process that has only just begun has no environment yet, and looks as if it had ended.
+    _until(lambda: _has_mark(process.pid, mark) or process.poll() is not None, 10.0)
     process.returncode = 0  # nobody waits for it here: it is known by its id from now on
     return Part(name, process.pid, str(log))
 

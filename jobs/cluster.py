@@ -127,6 +127,7 @@ class Cluster:
             raise UserError(
                 f"a cluster is running in {self.folder}: `python -m jobs.cluster down --folder {self.folder}` stops it"
             )
+        self.down()  # what a machine that was switched off has left
         ports = {
             name: _processes.chosen_port(getattr(flags, f"{name}_port"), f"--{name}-port")
             for name in ("dashboard", "mlflow", "s3")

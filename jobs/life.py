@@ -10,6 +10,7 @@ For cron: source the cluster's environment first (docs/operations.md).
 import fcntl
 import json
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ STEPS = ("ingest", "train", "evaluate", "tune", "register", "promote", "deploy",
 _ROOT = Path(__file__).parent.parent
 _HERE = ("deploy", "classify")
 """Steps that are no jobs of the cluster's: they speak to it over HTTP."""
+_RAY_JOB = ("-m", "ray.scripts.scripts", "job")
 _KEPT_LINES = 200
 
 
@@ -216,11 +218,13 @@ class Life:
             UserError: it fails.
         """
         command = ["-m", f"jobs.{job}", *words]
-        if self.flags.submit and job not in _HERE:
-            cli = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit"]
-            command = [*cli, "--runtime-env", "jobs/runtime_env.yaml", "--", "python", *command]
-        else:
-            command = [sys.executable, *command]
+        submission = (
+            f"{self.record.id}-{job}-{secrets.token_hex(2)}" if self.flags.submit and job not in _HERE else None
+        )
+        if submission is not None:
+            options = ("--runtime-env", "jobs/runtime_env.yaml", "--submission-id", submission)
+            command = [*_RAY_JOB, "submit", *options, "--", "python", *command]
+        command = [sys.executable, *command]
         process = subprocess.Popen(  # noqa: S603
             command, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
@@ -232,12 +236,20 @@ class Life:
                 _progress.say(f"    {line.rstrip()}")
             process.wait()
         finally:
-            if process.poll() is None:  # interrupted: the step is, too, and has a moment to end well
-                process.terminate()
-                process.wait()
+            if process.poll() is None:  # interrupted: the step is, too
+                self._stop(process, submission)
         if process.returncode:
             raise UserError(f"{job} failed: {reason(lines)}")
         return list(lines)
+
+    @staticmethod
+    def _stop(process: "subprocess.Popen[str]", submission: str | None) -> None:
+        """End a step's process, and the job that it has submitted."""
+        if submission is not None:
+            stop = [sys.executable, *_RAY_JOB, "stop", submission]
+            subprocess.run(stop, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)  # noqa: S603
+        process.terminate()
+        process.wait()
 
 
 def reason(lines: Sequence[str]) -> str:
@@ -256,9 +268,15 @@ def _result(lines: Sequence[str]) -> dict[str, Any]:
     raise UserError("the step printed no result: look at its lines above")
 
 
+def _interrupt(_number: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
 @exit_on_user_error
 def main() -> None:
     """Command-line entry."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     environment = _cli.Environment.read()
     flags = _cli.parse_recipe("life", Flags)
     record = Life(flags, sys.argv[2:], environment).run()

@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -139,6 +141,15 @@ def test_life_stops_with_the_reason_and_goes_on_after_the_last_finished_step(
     done.clear()
     assert lives(tmp_path, None, done, monkeypatch).id != record.id, "a finished life is over"
     assert len(done) == len(life.STEPS)
+
+
+def test_interrupted_step_ends_with_the_life(tmp_path: Path) -> None:
+    code = "import time; print('begun', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        life.Life._stop(process, None)
+        assert process.returncode == -signal.SIGTERM
 
 
 def test_life_without_a_cluster_is_refused(tmp_path: Path) -> None:
