@@ -161,9 +161,10 @@ def test_submission_returns_and_a_stop_leaves_things_clean(here: Here, lived: Li
     ) as logs:
         assert logs.stdout is not None
         assert any("epoch   2/500" in line for line in logs.stdout), "logs follow"
+        mark = json.loads((here.folder / "cluster.json").read_text())["mark"]
+        assert training_raylets(mark), "workers run"
         python(*cli[1:], "stop", job, environment=here.environment, cwd=tmp_path, timeout=60)
         logs.stdout.read()
-    mark = json.loads((here.folder / "cluster.json").read_text())["mark"]
     deadline = time.monotonic() + 60
     while training_raylets(mark) and time.monotonic() < deadline:
         time.sleep(0.2)

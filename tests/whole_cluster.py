@@ -169,7 +169,7 @@ class Load(threading.Thread):
                 self.statuses[response.status_code] += 1
                 self.answers.append(response.json())
 
-    def until(self, wanted: Callable[[dict[str, Any]], bool], patience_s: float = 90) -> dict[str, Any]:
+    def until(self, wanted: Callable[[dict[str, Any]], bool], patience_s: float = 150) -> dict[str, Any]:
         """The first of the answers from now on that is as wanted."""
         seen, deadline = len(self.answers), time.monotonic() + patience_s
         while time.monotonic() < deadline:
