@@ -34,6 +34,8 @@ from meanet.storage import writable_directory, write_text
 _START_S = 120.0
 _END_S = 3.0
 """`ray start --block` ignores a SIGTERM for half a minute, and its nodes have nothing to save."""
+_STOP_JOB_S = 15
+"""A stopped job's time to end well, before it is killed; 3 by Ray's own."""
 _ROOT = Path(__file__).parent.parent
 _CPUS: dict[Kind, int] = {"head": 2, "edge": 3, "cloud": 3}
 """That nodes give out: a replica and a training worker of two on each; the head can stand in for one that is lost."""
@@ -154,7 +156,7 @@ class Cluster:
             "MLflow server", mlflow.command, mlflow.own_environment({**_clean(), **s3.environment})
         )
         variables = serve_variables(Path(self.record.temporary))
-        self._write_env(client, {**variables, **_python()})
+        self._write_env(client, {**variables, **_python(), "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_JOB_S)})
         head = self._begin_node(self._node("head", "head", store_bytes, dashboard_port))
         self._wait(s3_part, s3.ready)
         self._wait(*head)
