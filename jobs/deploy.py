@@ -134,9 +134,11 @@ def _version_of(url: str) -> dict[str, Any]:
 
 
 def _why(application: dict[str, Any]) -> str:
-    """What Serve says of an application that does not run, as one line."""
-    messages = [deployment.get("message", "") for deployment in application.get("deployments", {}).values()]
-    return _last_line("\n".join([*messages, application.get("message", "")])) or "Serve says nothing about it"
+    """What Serve says of an application that does not run, as one line: its unhealthy deployments know best."""
+    ill = [one for one in application.get("deployments", {}).values() if one.get("status") != "HEALTHY"]
+    messages = [one.get("message", "") for one in ill]
+    found = next((message for message in messages if message.strip()), application.get("message", ""))
+    return _last_line(found) or "Serve says nothing about it"
 
 
 def _last_line(text: str) -> str:

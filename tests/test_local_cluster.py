@@ -175,3 +175,24 @@ def test_yaml_takes_the_store_and_the_port_asked_for(tmp_path: Path) -> None:
     for name in ("two.yaml", "none.yaml"):
         with pytest.raises(UserError, match=f"{name} is no Serve config of one application"):
             deploy.read_config(tmp_path / name, None, None)
+
+
+@pytest.mark.parametrize(
+    ("application", "says"),
+    [
+        ({"message": "Traceback:\n  x\nModuleNotFoundError: no a\n"}, "ModuleNotFoundError: no a"),
+        (
+            {
+                "message": "failed to update ['edge']",
+                "deployments": {
+                    "cloud": {"status": "HEALTHY", "message": ""},
+                    "edge": {"status": "DEPLOY_FAILED", "message": "failed 3 times\nUserError: no such version\n"},
+                },
+            },
+            "UserError: no such version",
+        ),
+        ({}, "Serve says nothing about it"),
+    ],
+)
+def test_why_a_deployment_failed_is_one_line(application: dict[str, object], says: str) -> None:
+    assert deploy._why(application) == says

@@ -13,7 +13,6 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import ROOT
 from mlflow import MlflowClient
 from whole_cluster import Here, Load, here, keys, python, training_raylets
 
@@ -115,23 +114,18 @@ def test_failed_job_says_why_last(here: Here, lived: Lived) -> None:
     assert "error: model 'meanet' has no version '99'" in said[-1], said[-5:]
 
 
-def test_failed_deployment_says_why_last_and_the_one_before_answers_on(
-    here: Here, lived: Lived, tmp_path: Path
-) -> None:
-    broken = tmp_path / "broken.yaml"
-    broken.write_text(CONFIG.read_text().replace("serve_apps.graph:app", "serve_apps.nothing:app"))
-    words = ["-m", "jobs.deploy", "--port", lived.record["url"].rpartition(":")[2]]
-    done = python(*words, "--config", str(broken), environment=here.environment, cwd=ROOT, timeout=200)
-    assert done.returncode == 1
-    assert re.search(r"error: meanet could not be deployed: .*serve_apps.nothing", done.stderr.splitlines()[-1])
-    assert httpx.get(f"{lived.record['url']}/healthz", timeout=30).json()["status"] == "ok"
-    own = tmp_path / "meanet.yaml"  # as committed, but for addresses
+def test_serve_deploy_of_the_committed_yaml(here: Here, lived: Lived, tmp_path: Path) -> None:
+    """As committed, but for addresses: what the life has deployed already, so that nothing restarts."""
+    port = lived.record["url"].rpartition(":")[2]
     text = CONFIG.read_text().replace("http://127.0.0.1:5000", here.environment["MLFLOW_TRACKING_URI"])
-    own.write_text(text.replace("port: 8000", f"port: {words[-1]}"))
-    serve = str(Path(sys.executable).parent / "serve")
-    subprocess.run([serve, "deploy", str(own)], env=here.environment, cwd=tmp_path, check=True, capture_output=True)
-    again = python(*words, "--json", environment=here.environment, cwd=ROOT, timeout=200)
-    assert json.loads(again.stdout) == {"application": "meanet", "url": lived.record["url"], "version": 1}
+    (tmp_path / "meanet.yaml").write_text(text.replace("port: 8000", f"port: {port}"))
+    before = httpx.get(f"{lived.record['url']}/v1/version", timeout=30).json()["replicas"]
+    serve = [str(Path(sys.executable).parent / "serve"), "deploy", "meanet.yaml"]
+    subprocess.run(serve, env=here.environment, cwd=tmp_path, check=True, capture_output=True)
+    done = python("-m", "jobs.deploy", "--port", port, "--json", environment=here.environment, cwd=tmp_path)
+    assert json.loads(done.stdout) == {"application": "meanet", "url": lived.record["url"], "version": 1}
+    after = httpx.get(f"{lived.record['url']}/v1/version", timeout=30).json()["replicas"]
+    assert [one["replica"] for one in before] == [one["replica"] for one in after]
 
 
 def test_submission_returns_and_a_stop_leaves_things_clean(here: Here, lived: Lived, tmp_path: Path) -> None:
@@ -246,3 +240,13 @@ def test_training_goes_on_when_a_node_with_a_worker_dies(here: Here, tmp_path: P
     assert {name: {point.step for point in points} for name, points in steps.items()} == {
         phase: set(range(1, epochs + 1)) for phase in PHASES
     }
+
+
+def test_failed_deployment_says_why_last(here: Here, lived: Lived, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(CONFIG.read_text().replace("serve_apps.graph:app", "serve_apps.nothing:app"))
+    words = ["-m", "jobs.deploy", "--port", lived.record["url"].rpartition(":")[2], "--config", str(broken)]
+    done = python(*words, environment=here.environment, cwd=tmp_path, timeout=200)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert re.search(r"error: meanet could not be deployed: .*serve_apps.nothing", last), done.stderr
