@@ -13,7 +13,7 @@ READY  := $(VENV)/.installed-$(PINS)-$(HERE)
 RUN    := $(VENV)/bin/python
 PIP    := --quiet --disable-pip-version-check
 
-.PHONY: demo test check lint types serve mlflow bench picture image-steps clean pins
+.PHONY: demo test check lint types serve mlflow cluster bench picture image-steps clean pins
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -47,6 +47,10 @@ mlflow: $(READY)
 	@mkdir -p outputs/mlflow
 	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(VENV)/bin/mlflow server --host 127.0.0.1 --port 5000 \
 	    --backend-store-uri sqlite:///$(CURDIR)/outputs/mlflow/mlflow.db $(ARGS)
+
+# Three Ray nodes, S3 and MLflow on this machine; ARGS=down stops them.
+cluster: $(READY)
+	@$(RUN) -m jobs.cluster $(or $(strip $(ARGS)),up)
 
 bench: $(READY)
 	$(RUN) -m benchmarks.digits_seeds $(ARGS)

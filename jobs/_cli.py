@@ -30,13 +30,19 @@ class Environment:
     """MLFLOW_TRACKING_URI, or the embedded store."""
     ray_address: str | None
     """RAY_ADDRESS: the cluster to join; None starts a local one."""
+    dashboard: str | None = None
+    """RAY_DASHBOARD_ADDRESS or RAY_API_SERVER_ADDRESS, Ray's names: where Serve is deployed and jobs are submitted."""
+    has_store: bool = False
+    """Whether MLFLOW_TRACKING_URI is set."""
 
     @staticmethod
     def read() -> "Environment":
         """Read the environment, and quieten the libraries that talk over the progress."""
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)
-        return Environment(store_uri(os.environ.get("MLFLOW_TRACKING_URI")), os.environ.get("RAY_ADDRESS") or None)
+        store = os.environ.get("MLFLOW_TRACKING_URI")
+        dashboard = os.environ.get("RAY_DASHBOARD_ADDRESS") or os.environ.get("RAY_API_SERVER_ADDRESS") or None
+        return Environment(store_uri(store), os.environ.get("RAY_ADDRESS") or None, dashboard, bool(store))
 
 
 _QUIET = {

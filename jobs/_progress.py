@@ -29,7 +29,8 @@ class TrainingProgress:
     def _start(self, event: dict[str, Any]) -> None:
         self._started, self._seen, self._done = time.monotonic(), 0.0, event["epochs_done"]
         verb = "resumed from the last checkpoint" if event["resumed"] else "started"
-        say(f"  {event['workers']} worker(s) {verb}, pid {event['pid']}, {self._done} of {len(self._work)} epochs done")
+        done = f"{self._done} of {len(self._work)} epochs done"
+        say(f"  {event['workers']} worker(s) {verb} on {len(event['nodes'])} node(s), pid {event['pid']}, {done}")
 
     def _epoch(self, event: dict[str, Any]) -> None:
         self._seen += self._work[self._done]

@@ -20,7 +20,6 @@ import numpy as np
 from meanet.data import Splits
 from meanet.errors import UserError
 from meanet.evaluation import ExitsTable
-from meanet.operating_point import Search
 from meanet.preprocessing import encode_png
 from meanet.routing import Exit, Policy, route
 
@@ -71,34 +70,50 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
         process.wait()
 
 
-def classify_all(url: str, splits: Splits, table: ExitsTable, found: Search) -> dict[str, Any]:
-    """Send every test image over HTTP and compare the answers with the replayed exits table."""
-    test, rows = table.exits("test"), table.index("test")
-    expected = route(test.main_logits, test.extension_logits, test.cloud_pred, Policy.from_dict(found.chosen))
+def classify_all(
+    url: str, splits: Splits, table: ExitsTable, point: dict[str, Any], images: int | None = None
+) -> dict[str, Any]:
+    """Send test images over HTTP and compare the answers with the replayed exits table.
+
+    Args:
+        url: the server's.
+        splits: of the data that the table is about.
+        table: every network's answer to every image.
+        point: the operating point that is served.
+        images: how many, the first ones; all if None.
+
+    Returns:
+        Counts, accuracy and times; a degraded answer, which went without the cloud, is no mismatch.
+    """
+    test, rows = table.exits("test"), table.index("test")[:images]
+    expected = route(test.main_logits, test.extension_logits, test.cloud_pred, Policy.from_dict(point))
     batches = splits.table.batches(rows, splits.table.evaluation_batch)
     bodies = [encode_png(image) for images in batches for image in images]
     with httpx.Client(base_url=url, timeout=30) as client, ThreadPoolExecutor(_CONNECTIONS) as pool:
         started = time.perf_counter()
-        answers = list(pool.map(lambda body: _classify(client, body), bodies))
+        timed = list(pool.map(lambda body: _classify(client, body), bodies))
         seconds = time.perf_counter() - started
-    wanted = [(int(p), Exit(e).label) for p, e in zip(expected.pred, expected.exit, strict=True)]
+    answers = [answer for answer, _ in timed]
+    wanted = [(int(pred), Exit(way).label) for pred, way in zip(expected.pred, expected.exit, strict=True)][: len(rows)]
     wrong = [
-        {"index": int(rows[i]), "table": want, "http": [answer["class_id"], answer["exit"]]}
-        for i, (want, (answer, _)) in enumerate(zip(wanted, answers, strict=True))
-        if (answer["class_id"], answer["exit"]) != want
+        {"index": int(row), "table": want, "http": [answer["class_id"], answer["exit"]]}
+        for row, want, answer in zip(rows, wanted, answers, strict=True)
+        if not answer["degraded"] and (answer["class_id"], answer["exit"]) != want
     ]
-    labels = test.labels
+    right = [answer["class_id"] == label for answer, label in zip(answers, test.labels[: len(rows)], strict=True)]
+    served_by = {place: Counter(answer["served_by"][place] for answer in answers) for place in ("edge", "cloud")}
     return {
         "images": len(bodies),
         "mismatches": len(wrong),
         "examples": wrong[:3],
-        "accuracy": float(
-            np.mean([answer["class_id"] == label for (answer, _), label in zip(answers, labels, strict=True)])
-        ),
-        "exits": dict(Counter(answer["exit"] for answer, _ in answers)),
-        "degraded": sum(answer["degraded"] for answer, _ in answers),
+        "accuracy": float(np.mean(right)),
+        "exits": dict(Counter(answer["exit"] for answer in answers)),
+        "degraded": sum(answer["degraded"] for answer in answers),
+        "reasons": dict(Counter(answer["reason"] for answer in answers if answer["degraded"])),
+        "versions": dict(Counter(str(answer["model_version"]) for answer in answers)),
+        "nodes": {place: {node: n for node, n in nodes.items() if node} for place, nodes in served_by.items()},
         "requests_per_second": round(len(bodies) / seconds, 1),
-        "p50_ms": round(1000 * float(np.median([spent for _, spent in answers])), 2),
+        "p50_ms": round(1000 * float(np.median([spent for _, spent in timed])), 2),
     }
 
 

@@ -32,6 +32,8 @@ from meanet.trial import RUNGS
 
 STAGES = ("base", "trials", "report")
 REPORTS = ("report.json", "report.html", "union_front.csv")
+RESULTS = ("model", "trials", "tune", "exits.parquet", "operating_point.json", *REPORTS)
+"""What others may want of a study that is over."""
 _IDENTITY = ("space", "recipe", "digest", "data_digest", "tracking_uri", "plan")
 """What must be the same for an interrupted study to go on."""
 

@@ -11,7 +11,7 @@ import tyro
 
 from jobs import _cli, _progress
 from jobs._run import RunFolder
-from jobs._study import REPORTS, Record, StudyFolder, TrialLog
+from jobs._study import REPORTS, RESULTS, Record, StudyFolder, TrialLog
 from jobs.evaluate import evaluate
 from jobs.train import train
 from meanet import artifact, plots, study_report
@@ -24,7 +24,7 @@ from meanet.judge import Study
 from meanet.phases import phase_keys
 from meanet.replay import Outcome, replay
 from meanet.routing import Policy
-from meanet.storage import write_parquet, write_text
+from meanet.storage import check_writable, upload, write_parquet, write_text
 from meanet.study import Trial, read_front, read_trials, trial_id, write_trial
 from meanet.study_report import Chosen, Facts
 from meanet.tracking import Tracker
@@ -49,6 +49,8 @@ class Flags:
     """What a trial's front compares, a function of tune_spaces.policies (not of the space `gates`)."""
     output: Path | None = None
     """The study's folder, which every node can write; outputs/tune-SPACE-RECIPE if not given."""
+    results: str | None = None
+    """Where results go when the study is over: model, exits, reports, trials, Tune's record; s3:// or a path."""
     base: Path | None = None
     """A run's folder (jobs.train, jobs.evaluate) whose main block and cloud network the trials share; trained first if
     not given."""
@@ -125,6 +127,8 @@ class StudyJob(ABC):
 
     def all_stages(self) -> dict[str, Any]:
         """Run what is left, on the connected cluster; returns the report."""
+        if self.flags.results:
+            check_writable(self.flags.results)  # before an hour of trials
         self.folder = StudyFolder.begin(self.root, self._record())
         self._start_run()
         with self.folder.stage("base"):
@@ -135,7 +139,11 @@ class StudyJob(ABC):
             with self.folder.stage("trials"), log.following():
                 self._keep(study, self.run_trials(study))
         with self.folder.stage("report"):
-            return self._report(study, default, log)
+            report = self._report(study, default, log)
+            if self.flags.results:
+                count = upload(self.root, self.flags.results, RESULTS)
+                _progress.say(f"  {count} files copied to {self.flags.results}")
+            return report
 
     def _record(self) -> Record:
         plan = {name: getattr(self.flags, name) for name in ("trials", "searcher", "policies", "workers_per_trial")}

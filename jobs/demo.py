@@ -113,9 +113,11 @@ class Demo:
         version = self.run.record.version
         assert version is not None, "register comes before serve"
         with _server.serving(version, address, self.run.root, self.environment.tracking_uri) as url:
-            http = _server.classify_all(url, self.splits, table, found)
+            http = _server.classify_all(url, self.splits, table, found.chosen)
         self.run.record.http = http
         _progress.say(f"  {http['images']} test images over HTTP, {http['mismatches']} unlike the exits table")
+        if http["degraded"]:
+            raise UserError(f"{http['degraded']} answers over HTTP went without the cloud: {http['reasons']}")
         if http["mismatches"]:
             raise UserError(f"{http['mismatches']} answers over HTTP differ from the exits table: {http['examples']}")
 

@@ -1,14 +1,17 @@
 """Ray Serve's HAProxy ingress and throughput settings, as environment variables that must be set before Ray starts.
 
 With them a request costs a fraction of what it does through Serve's own proxy (docs/serving.md). On a cluster that runs
-already they are for whoever starts it: on every node, before `ray start`.
+already they are for whoever starts it: on every node, before `ray start`; `python -m serve_apps.ingress FOLDER` prints
+them as JSON, with free ports and files in that folder.
 """
 
 import contextlib
+import json
 import os
 import random
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,9 +89,8 @@ def prepared() -> Iterator[str | None]:
     folder = Path(tempfile.mkdtemp(prefix="meanet-ha-"))  # only ours: HAProxy's admin socket is open to whoever sees it
     try:
         wanted = variables(folder)
-        longest = len(wanted["RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH"]) + 1 + _NODE_ID_LENGTH
-        if longest > _SOCKET_PATH_LIMIT:
-            yield f"the temporary folder's name is too long for a socket's path by {longest - _SOCKET_PATH_LIMIT}"
+        if too_long := _too_long(wanted):
+            yield too_long
             return
         added = {name: value for name, value in wanted.items() if name not in os.environ}
         os.environ.update(added)
@@ -99,6 +101,14 @@ def prepared() -> Iterator[str | None]:
                 del os.environ[name]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _too_long(wanted: dict[str, str]) -> str | None:
+    """Why a socket's path cannot be had in the folder of these variables, if so."""
+    longest = len(wanted["RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH"]) + 1 + _NODE_ID_LENGTH
+    if longest <= _SOCKET_PATH_LIMIT:
+        return None
+    return f"the temporary folder's name is too long for a socket's path by {longest - _SOCKET_PATH_LIMIT}"
 
 
 def _free_port() -> int:
@@ -120,3 +130,17 @@ def _free_block() -> int:
             continue
         return start
     return _PORTS.start
+
+
+def main() -> None:
+    """Print them, or nothing but {} and the reason on standard error where HAProxy cannot run."""
+    folder = Path(sys.argv[1])
+    wanted = variables(folder)
+    reason = why_not() or _too_long(wanted)
+    if reason is not None:
+        print(f"HAProxy is not used ({reason})", file=sys.stderr)
+    print(json.dumps({} if reason else wanted))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,16 +1,15 @@
-"""A real MLflow server as a process: SQLite behind it, artifacts through it."""
+"""A real MLflow server as a process that tests stop and start again: SQLite behind it, artifacts through it."""
 
 import os
-import secrets
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import httpx
 from conftest import ENVIRONMENT
+
+from jobs._mlflow_server import MlflowServer as Server
+from jobs._processes import free_ports
 
 
 class MlflowServer:
@@ -18,11 +17,9 @@ class MlflowServer:
 
     def __init__(self, folder: Path, artifacts: str, environment: dict[str, str]) -> None:
         """Artifacts lie at a path or s3://; the environment says how to get there."""
-        self.folder, self._artifacts, self._environment = folder, artifacts, environment
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self._port}"
+        self.folder, self._environment = folder, environment
+        self._server = Server(folder, free_ports(1)[0], artifacts)
+        self.url = self._server.url
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -30,31 +27,18 @@ class MlflowServer:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [
-                    sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self._port),
-                    "--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db",
-                    "--artifacts-destination", self._artifacts,
-                ],
-                env=ENVIRONMENT | self._environment | {
-                    "MLFLOW_DISABLE_TELEMETRY": "true",
-                    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-                    "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(8),
-                },
+                self._server.command,
+                env=self._server.own_environment(ENVIRONMENT | self._environment),
                 cwd=self.folder,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-            )  # fmt: skip
+            )
         deadline = time.monotonic() + 120
-        while True:
-            try:
-                httpx.get(f"{self.url}/health", timeout=2).raise_for_status()
-            except httpx.HTTPError:
-                assert self._process.poll() is None, (self.folder / "server.log").read_text()
-                assert time.monotonic() < deadline, (self.folder / "server.log").read_text()
-                time.sleep(0.2)
-            else:
-                return
+        while not self._server.ready():
+            assert self._process.poll() is None, (self.folder / "server.log").read_text()
+            assert time.monotonic() < deadline, (self.folder / "server.log").read_text()
+            time.sleep(0.2)
 
     def stop(self) -> None:
         """It and its workers, by their process group."""

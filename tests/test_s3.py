@@ -136,3 +136,13 @@ def test_registered_model_lives_in_a_bucket(s3_server: S3Server, model: TrainedM
     version = tracker.register(model, tracker.start_run("r", {}, {}))
     assert any(name.endswith("edge.safetensors") for name in storage.list_files("s3://mlflow/artifacts"))
     assert artifact.load(tracker.download_to(version, tmp_path / "there")).operating_point == model.operating_point
+
+
+def test_folder_is_copied_but_for_what_is_not_whole(s3_server: S3Server, tmp_path: Path) -> None:
+    for name in ("model/deep/a", "model/b", ".part-1/c", "model/.part/d", "e.json", "not-asked-for"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for place in ("s3://meanet/copied", str(tmp_path / "copy")):
+        assert storage.upload(tmp_path, place, ("model", ".part-1", "e.json", "missing")) == 3
+        assert storage.list_files(place) == ["e.json", "model/b", "model/deep/a"]
+        assert list(storage.read_files(place, ["e.json", "model/deep/a"])) == [b"e.json", b"model/deep/a"]

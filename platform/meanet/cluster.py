@@ -24,6 +24,7 @@ import torch
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from meanet.config import Recipe
 from meanet.data import ImageTable, Splits
@@ -161,6 +162,7 @@ def _train_loop(config: dict[str, Any]) -> None:
     worker = RayWorker(_reporter(config["mailbox"]))
     feed = resident_feed if isinstance(splits.table, ImageTable) else streaming_feed
     trainer = Trainer(recipe, splits, worker, state, feed)
+    nodes = _nodes(worker)
     _send(
         config["mailbox"],
         {
@@ -168,11 +170,20 @@ def _train_loop(config: dict[str, Any]) -> None:
             "at": time.time(),
             "pid": os.getpid(),
             "workers": worker.world_size,
+            "nodes": nodes,
             "epochs_done": len(state.history) if state else 0,
             "resumed": state is not None,
         },
     )
     trainer.run()
+
+
+def _nodes(worker: RayWorker) -> list[str]:
+    """Ray's ids of the nodes on which the group's workers run; called by every worker."""
+    own = bytes.fromhex(ray.get_runtime_context().get_node_id())
+    ids = torch.zeros(worker.world_size, len(own), device=worker.device)
+    ids[worker.rank] = torch.tensor(list(own), dtype=torch.float32)
+    return sorted({bytes(row).hex() for row in worker.total(ids).int().tolist()})  # each row has one that is not 0
 
 
 def save_state(state: State, folder: Path) -> None:
@@ -234,7 +245,10 @@ def train(
     """
     workers = scaling(num_workers, streaming=not isinstance(splits.table, ImageTable))
     system, place = resolve(storage)  # ours, for it outwaits an outage of S3
-    mailbox = ray.remote(_Mailbox).options(num_cpus=0).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    mailbox = (
+        ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
+    )  # no other node's loss ends it
     trainer = TorchTrainer(
         _train_loop,
         train_loop_config={"recipe": recipe.to_dict(), "mailbox": mailbox, "splits": ray.put(splits)},

@@ -160,6 +160,33 @@ def write_parquet(table: pa.Table, uri: str | Path, row_group_size: int | None =
     os.replace(part.name, path)
 
 
+def upload(folder: Path, uri: str, names: Sequence[str]) -> int:
+    """Copy some files and whole folders below a local folder to another one, local or s3://; returns how many files.
+
+    What is there is written over; names that begin with a dot, which are not whole yet, and missing ones are left out.
+
+    Raises:
+        UserError: one cannot be written.
+    """
+    found = [path for name in names for path in sorted((folder / name).rglob("*") if (folder / name).is_dir() else ())]
+    found += [folder / name for name in names]
+    inner = [path.relative_to(folder) for path in found if path.is_file()]
+    system, root = resolve(uri)
+    whole = [name for name in inner if not any(part.startswith(".") for part in name.parts)]
+    for name in whole:
+        place = f"{root.rstrip('/')}/{name.as_posix()}"
+        if isinstance(system, fs.LocalFileSystem):
+            Path(place).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with (folder / name).open("rb") as file, system.open_output_stream(place) as stream:
+                stream.upload(file)
+        except OSError as error:
+            raise UserError(
+                f"{folder / name} cannot be copied to {uri} ({error}): give the same command again"
+            ) from error
+    return len(whole)
+
+
 def write_text(text: str, path: Path) -> None:
     """Write a whole local file or nothing.
 

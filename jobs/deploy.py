@@ -1,0 +1,172 @@
+"""Deploy Serve by a committed YAML and wait until it answers: `python -m jobs.deploy` (`serve deploy` returns at once).
+
+The cluster's dashboard is in RAY_DASHBOARD_ADDRESS (or RAY_API_SERVER_ADDRESS); MLFLOW_TRACKING_URI takes the place of
+the file's `tracking_uri`. Deployed already, the same file changes nothing, and a new champion is waited for.
+"""
+
+import contextlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from jobs import _cli, _progress
+from meanet.errors import UserError, exit_on_user_error
+from meanet.tracking import Tracker
+
+CONFIG = Path(__file__).parent.parent / "serve_apps" / "meanet.yaml"
+_POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Deploy the application, wait until all its replicas run and serve the version asked for."""
+
+    config: Path = CONFIG
+    """Serve's YAML."""
+    port: int | None = None
+    """Where HTTP is answered, in place of the file's; one that Serve listens on already stays."""
+    wait_s: float = 180.0
+    """How long it may take, s."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def read_config(path: Path, tracking_uri: str | None, port: int | None) -> dict[str, Any]:
+    """Serve's YAML, with the store and the port that were asked for.
+
+    Raises:
+        UserError: it cannot be read, or holds other than one application.
+    """
+    try:
+        config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        (application,) = config["applications"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is no Serve config of one application ({error}): see serve_apps/meanet.yaml"
+        ) from error
+    if tracking_uri is not None:
+        application.setdefault("args", {})["tracking_uri"] = tracking_uri
+    if port is not None:
+        config.setdefault("http_options", {})["port"] = port
+    return config
+
+
+class Deployment:
+    """An application on a cluster, by its dashboard's REST API."""
+
+    def __init__(self, dashboard: str, config: dict[str, Any], wait_s: float) -> None:
+        from ray.dashboard.modules.serve.sdk import ServeSubmissionClient  # brings the token along
+
+        (self._application,) = config["applications"]
+        self.name: str = self._application["name"]
+        self._config, self._deadline, self._wait_s = config, time.monotonic() + wait_s, wait_s
+        try:
+            self._client = ServeSubmissionClient(dashboard)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"no Ray dashboard answers at {dashboard} ({str(error).splitlines()[0]}): start the cluster, or "
+                "correct RAY_DASHBOARD_ADDRESS"
+            ) from error
+
+    def run(self) -> str:
+        """Deploy and wait; returns the URL.
+
+        Raises:
+            UserError: it is refused, fails, or takes too long; the message ends with Serve's reason.
+        """
+        try:
+            self._client.deploy_applications(self._config)
+        except RuntimeError as error:
+            raise UserError(f"Serve refuses the config: {_last_line(str(error))}") from error
+        details, status = {}, ""
+        while status != "RUNNING":
+            details = self._details()
+            found = details["applications"].get(self.name, {})
+            if found.get("status", "") != status:
+                status = found.get("status", "")
+                _progress.say(f"  {self.name} is {status}")
+            if status == "DEPLOY_FAILED":
+                raise UserError(f"{self.name} could not be deployed: {_why(found)}")
+            self._check_time(f"{self.name} is {status or 'unknown'}: {_why(found)}")
+        options = details["http_options"]
+        return f"http://{options['host']}:{options['port']}"
+
+    def _details(self) -> dict[str, Any]:
+        while True:
+            with contextlib.suppress(RuntimeError, ConnectionError):  # a busy dashboard
+                found: dict[str, Any] = self._client.get_serve_details()
+                return found
+            self._check_time("the dashboard does not answer")
+
+    def _check_time(self, what: str) -> None:
+        if time.monotonic() > self._deadline:
+            raise UserError(f"not deployed after {self._wait_s:.0f} s: {what}")
+        time.sleep(_POLL_S)
+
+    def wait_for_version(self, url: str, version: int) -> None:
+        """Wait until every replica serves a version.
+
+        Raises:
+            UserError: it is refused, or takes too long.
+        """
+        while True:
+            known = _version_of(url)
+            reason = known.get("refused", {}).get(str(version))
+            if reason is not None:
+                raise UserError(f"version {version} is refused: {reason}")
+            if known.get("version") == version and known.get("phase") == "idle":
+                return
+            self._check_time(f"{url} serves version {known.get('version', 'unknown')}, and not {version} yet")
+
+
+def _version_of(url: str) -> dict[str, Any]:
+    try:
+        answer = httpx.get(f"{url}/v1/version", timeout=10)
+    except httpx.HTTPError:
+        return {}
+    known: dict[str, Any] = answer.json() if answer.is_success else {}
+    return known
+
+
+def _why(application: dict[str, Any]) -> str:
+    """What Serve says of an application that does not run, as one line: its unhealthy deployments know best."""
+    ill = [one for one in application.get("deployments", {}).values() if one.get("status") != "HEALTHY"]
+    messages = [one.get("message", "") for one in ill]
+    found = next((message for message in messages if message.strip()), application.get("message", ""))
+    return _last_line(found) or "Serve says nothing about it"
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+@exit_on_user_error
+def main() -> None:
+    """Command-line entry."""
+    environment = _cli.Environment.read()
+    flags = _cli.parse("deploy", Flags)
+    if environment.dashboard is None:
+        raise UserError("there is no dashboard to deploy to: set RAY_DASHBOARD_ADDRESS, such as http://127.0.0.1:8265")
+    own = environment.tracking_uri if environment.has_store else None
+    config = read_config(flags.config, own, flags.port)
+    arguments = config["applications"][0]["args"]
+    tracker = Tracker(arguments["tracking_uri"])
+    tracker.version_of(str(arguments.get("version", "champion")))  # said before anything is changed
+    deployment = Deployment(environment.dashboard, config, flags.wait_s)
+    url = deployment.run()
+    version = tracker.version_of(str(arguments.get("version", "champion")))
+    deployment.wait_for_version(url, version)
+    if flags.json:
+        print(json.dumps({"application": deployment.name, "url": url, "version": version}))
+    else:
+        print(f"{deployment.name} version {version} answers at {url}; `serve shutdown` ends it")
+
+
+if __name__ == "__main__":
+    main()
