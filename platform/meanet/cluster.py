@@ -25,6 +25,8 @@ from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-d
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from meanet import checkpoints
+from meanet.checkpoints import STATE as _STATE
 from meanet.config import Recipe
 from meanet.data import ImageTable, Splits
 from meanet.errors import UserError
@@ -37,7 +39,6 @@ from meanet.workers import OnEpoch, RayWorker, interruptible, root_cause
 OnEvent = Callable[[dict[str, Any]], None]
 OBJECT_STORE_BYTES = 200 * 2**20
 """Of a local Ray, for what is passed on its way; what workers share must be added."""
-_STATE = "state.pt"
 _MAX_FAILURES = 3
 
 
@@ -156,7 +157,7 @@ def _send(mailbox: Any, event: dict[str, Any]) -> None:
 def _train_loop(config: dict[str, Any]) -> None:
     recipe = Recipe.from_dict(config["recipe"])
     splits: Splits = ray.get(config["splits"])  # pixels in memory are the object store's, shared by all workers
-    checkpoint = ray.train.get_checkpoint()
+    checkpoint = _newer(ray.train.get_checkpoint(), config["unregistered"])
     state = load_state(checkpoint) if checkpoint else None
     worker = RayWorker(_reporter(config["mailbox"]))
     feed = resident_feed if isinstance(splits.table, ImageTable) else streaming_feed
@@ -173,6 +174,13 @@ def _train_loop(config: dict[str, Any]) -> None:
         },
     )
     trainer.run()
+
+
+def _newer(registered: Checkpoint | None, unregistered: Checkpoint | None) -> Checkpoint | None:
+    """The one whose folder was named later: Ray Train names them by the time."""
+    if registered is None or unregistered is None:
+        return registered or unregistered
+    return max(registered, unregistered, key=lambda one: Path(one.path).name)
 
 
 def save_state(state: State, folder: Path) -> None:
@@ -219,7 +227,8 @@ def scaling(num_workers: int | None, *, streaming: bool) -> ScalingConfig:
 def train(
     recipe: Recipe, splits: Splits, *, storage: str, name: str, num_workers: int | None, on_event: OnEvent
 ) -> State:
-    """Train all phases on the connected cluster; the same name and storage go on where they stopped.
+    """Train all phases on the connected cluster; the same name and storage go on where they stopped, from the newest
+    checkpoint that is whole.
 
     Args:
         recipe: what to train.
@@ -234,10 +243,17 @@ def train(
     """
     workers = scaling(num_workers, streaming=not isinstance(splits.table, ImageTable))
     system, place = resolve(storage)  # ours, for it outwaits an outage of S3
+    newest = checkpoints.tidied(storage, name)
+    unregistered = Checkpoint(newest, system) if newest else None
     mailbox = ray.remote(_Mailbox).options(num_cpus=0).remote()
     trainer = TorchTrainer(
         _train_loop,
-        train_loop_config={"recipe": recipe.to_dict(), "mailbox": mailbox, "splits": ray.put(splits)},
+        train_loop_config={
+            "recipe": recipe.to_dict(),
+            "mailbox": mailbox,
+            "splits": ray.put(splits),
+            "unregistered": unregistered,
+        },
         scaling_config=workers,
         run_config=RunConfig(
             name=name,
@@ -257,8 +273,10 @@ def train(
             raise UserError(f"training failed after {_MAX_FAILURES} restarts: {root_cause(error)}") from error
         except ray.exceptions.RayError as error:
             raise UserError(f"training could not be run: {root_cause(error)}") from error
-    assert result.checkpoint is not None, "a finished run has a checkpoint"
-    return load_state(result.checkpoint)
+    last = _newer(result.checkpoint, unregistered)
+    assert last is not None, "a finished run has a checkpoint"
+    checkpoints.tidied(storage, name)
+    return load_state(last)
 
 
 @contextlib.contextmanager
