@@ -35,7 +35,7 @@ from jobs._s3_server import S3Server
 PREFIX = "kills"
 """Below which checkpoints lie."""
 WIDTH = 512
-"""Of the cloud's last stage: with SGD's momentum its checkpoint has 59 MB."""
+"""Of the cloud's last stage: with SGD's momentum its checkpoint has 61 MB."""
 _STARTED = re.compile(r"worker\(s\) (started|resumed).* (\d+) of \d+ epochs done")
 _CLOUD_EPOCH = re.compile(r"cloud +epoch +(\d+)/")
 _PATIENCE_S = 240.0

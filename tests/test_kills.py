@@ -11,7 +11,7 @@ pytestmark = pytest.mark.cluster
 
 
 def test_resumes_after_kills_inside_uploads(tmp_path: Path) -> None:
-    """Of 59 MB, once 20 and once 45 MB are on their way; last the run ends with each epoch once."""
+    """Of 61 MB, once 20 and once 45 MB are on their way; last the run ends with each epoch once."""
     done = kills.session(tmp_path, [Moment(megabytes=20), Moment(megabytes=45)], seed=0, upload_mb_s=10)
     assert all(kill.in_upload for kill in done.kills), done
     assert all(kill.megabytes > 50 for kill in done.kills), done
