@@ -14,7 +14,7 @@ from meanet.config import jpeg_quality
 from meanet.preprocessing import Preprocessing, encode_jpeg
 from meanet.routing import Exit, Ints, Reading
 from meanet.runtime import Images
-from serve_apps.micro_batch import Pass, Task, mask
+from serve_apps.micro_batch import Pass, Task, Upload, mask
 from serve_apps.observer import CallOutcome, Observer
 from serve_apps.settings import Settings
 from serve_apps.traces import TRACEPARENT
@@ -61,6 +61,8 @@ class CloudAnswer:
     confidences: list[float]
     node: str = ""
     """Ray's id of the node that answered."""
+    seconds: float = 0.0
+    """What it took there, by that node's clock."""
 
 
 AskCloud = Callable[[CloudRequest], Awaitable[CloudAnswer]]
@@ -135,7 +137,7 @@ class CloudCalls:
             request = await _request(batch, rows)
             for row, size in zip(rows, request.sizes, strict=True):
                 batch.tasks[row].bytes_sent = size
-            call = asyncio.ensure_future(self._ask(request))
+            asked, call = time.monotonic(), asyncio.ensure_future(self._ask(request))
             left = dict(limits)
             while left and not call.done():
                 await asyncio.wait({call}, timeout=max(0.0, min(left.values()) - time.monotonic()))
@@ -144,8 +146,9 @@ class CloudCalls:
                     await self._answer_alone(batch, np.array(late), time.monotonic() - started, "cloud timed out")
                     left = {row: limit for row, limit in left.items() if row not in late}
             reading = _checked(_result(call), len(rows), len(batch.served.model.class_names))
+            upload = self._uploaded(batch, sum(request.sizes), time.monotonic() - asked - _result(call).seconds)
             for row in left:
-                batch.tasks[row].cloud_node = _result(call).node
+                batch.tasks[row].cloud_node, batch.tasks[row].upload = _result(call).node, upload
             self.breaker.record(success=True)
             self._accept(batch, np.array(sorted(left), dtype=np.int64), reading, time.monotonic() - started)
             self._observer.cloud_call(len(rows), sum(request.sizes), time.monotonic() - started, "ok")
@@ -190,6 +193,12 @@ class CloudCalls:
     def _limit(self, task: Task, now: float) -> float:
         """When a sample stops waiting for the cloud."""
         return min(now + self._settings.cloud_budget_s, task.deadline - self._settings.reserve_s)
+
+    def _uploaded(self, batch: Pass, num_bytes: int, seconds: float) -> Upload:
+        """What a call's way to the cloud and back took, beside what the model's link would take."""
+        upload = Upload(max(0.0, seconds), float(batch.served.costs.upload_seconds(num_bytes)))
+        self._observer.uploaded(upload.seconds, upload.modelled)
+        return upload
 
     @staticmethod
     def _accept(batch: Pass, rows: Ints, reading: Reading, seconds: float) -> None:

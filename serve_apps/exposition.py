@@ -42,6 +42,7 @@ def _counters(counts: Counts) -> Iterator[Metric]:
         ("meanet_degraded", "Images that wanted the cloud and had it not, by reason", "reason", counts.degraded),
         ("meanet_refused", "Requests refused before anything was spent on them", "reason", counts.refused),
         ("meanet_cloud_calls", "Calls to the cloud, by outcome", "outcome", counts.cloud_calls),
+        ("meanet_upload_seconds", "Seconds to the cloud and back, by source", "source", counts.upload_seconds),
         ("meanet_joules", "Joules of the edge device, modelled", "part", counts.joules),
     )
     for name, text, label, values in labelled:

@@ -149,7 +149,8 @@ def as_json(answer: Answer) -> bytes:
         f'"confidence":{_number(answer.confidence)},"entropy":{_number(answer.entropy)},'
         f'"degraded":{_truth(answer.degraded)},"reason":{"null" if answer.reason is None else _text(answer.reason)},'
         f'"joules":{{"edge_compute":{_number(joules.edge_compute)},"upload":{_number(joules.upload)},'
-        f'"source":{_text(joules.source)}}},"ms":{{"edge":{_number(ms.edge)},"cloud":{_number(ms.cloud)}}},'
+        f'"source":{_text(joules.source)}}},"ms":{{"edge":{_number(ms.edge)},"cloud":{_number(ms.cloud)},'
+        f'"upload":{_number(ms.upload)},"upload_modelled":{_number(ms.upload_modelled)}}},'
         f'"model_version":{answer.model_version},"policy":{applied},"served_by":{{"edge":{_text(answer.served_by.edge)},'
         f'"cloud":{"null" if answer.served_by.cloud is None else _text(answer.served_by.cloud)}}}}}'
     ).encode()

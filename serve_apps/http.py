@@ -67,6 +67,11 @@ class Milliseconds(BaseModel):
     edge: float
     cloud: float
     """0 where the cloud was not asked."""
+    upload: float
+    """Of `cloud`, what the images' way there and the answer's back took: measured by the edge's clock, less what the
+    cloud took by its own. 0 where the cloud did not answer."""
+    upload_modelled: float
+    """What the model's link would take for the same bytes."""
 
 
 class AppliedPolicy(BaseModel):

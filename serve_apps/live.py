@@ -1,6 +1,7 @@
 """Replicas on Ray Serve that follow `control`: what they load, apply and report."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -122,6 +123,7 @@ class LiveCloud:
 
     async def classify(self, request: CloudRequest) -> CloudAnswer:
         """Answers by the network of the request's version, loaded now if this replica is late."""
+        began = time.monotonic()
         loaded = await self._follower.ensure(request.version)
         class_ids, confidences = await asyncio.to_thread(loaded.classify, request)
-        return CloudAnswer(class_ids, confidences, self._node)
+        return CloudAnswer(class_ids, confidences, self._node, time.monotonic() - began)

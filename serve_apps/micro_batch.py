@@ -17,6 +17,16 @@ from serve_apps.served import Served
 from serve_apps.traces import TRACEPARENT
 
 
+@dataclass(frozen=True)
+class Upload:
+    """The way of a call to the cloud and back, s."""
+
+    seconds: float = 0.0
+    """Measured."""
+    modelled: float = 0.0
+    """By the model's link."""
+
+
 @dataclass
 class Task:
     """One image on its way through the edge."""
@@ -36,6 +46,8 @@ class Task:
     answer: "asyncio.Future[Answer]"
     bytes_sent: int = 0
     """What went to the cloud for it."""
+    upload: Upload = Upload()
+    """Of the call that brought its answer."""
     cloud_node: str | None = None
     """Where it was answered."""
     traceparent: str | None = field(default_factory=TRACEPARENT.get)
@@ -96,7 +108,12 @@ class Pass:
                 upload=float(costs.upload_joules(task.bytes_sent)) if task.bytes_sent else 0.0,
                 source=costs.tag,
             ),
-            ms=Milliseconds(edge=self.edge_ms, cloud=cloud_ms),
+            ms=Milliseconds(
+                edge=self.edge_ms,
+                cloud=cloud_ms,
+                upload=1000 * task.upload.seconds,
+                upload_modelled=1000 * task.upload.modelled,
+            ),
             model_version=self.served.version,
             policy=self.applied,
             served_by=ServedBy(edge=self.served.node, cloud=task.cloud_node),

@@ -19,5 +19,8 @@ class Observer:
     def passed(self, images: int, seconds: float) -> None:
         """The blocks ran over a micro-batch."""
 
+    def uploaded(self, seconds: float, modelled: float) -> None:
+        """A call's images went up and its answer came: so long by the clock, and by the model's link."""
+
     def cloud_call(self, images: int, bytes_sent: int, seconds: float, outcome: CallOutcome) -> None:
         """A call to the cloud is over."""

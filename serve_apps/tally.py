@@ -77,6 +77,8 @@ class Counts:
     """By outcome."""
     joules: dict[str, float] = field(default_factory=lambda: {"edge_compute": 0.0, "upload": 0.0})
     """Of the device, by part."""
+    upload_seconds: dict[str, float] = field(default_factory=lambda: {"measured": 0.0, "modelled": 0.0})
+    """The way to the cloud and back, of the calls that it answered, by source."""
     upload_bytes: int = 0
     """Sent to the cloud."""
     passes: int = 0
@@ -152,6 +154,11 @@ class Tally(Observer):
         """Count a pass of the blocks."""
         self.counts.passes += 1
         self.counts.passed += images
+
+    def uploaded(self, seconds: float, modelled: float) -> None:
+        """Add up a call's way to the cloud and back."""
+        self.counts.upload_seconds["measured"] += seconds
+        self.counts.upload_seconds["modelled"] += modelled
 
     def cloud_call(self, images: int, bytes_sent: int, seconds: float, outcome: CallOutcome) -> None:
         """Count a call, and the bytes that went up with it."""

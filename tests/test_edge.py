@@ -72,6 +72,22 @@ def test_joules_are_those_of_the_blocks_that_ran(model: TrainedModel, bodies: li
         assert answer.joules.upload == pytest.approx(sent)
 
 
+def test_the_way_to_the_cloud_is_measured_beside_the_models(model: TrainedModel, bodies: list[bytes]) -> None:
+    """A call of 120 ms, of which the cloud says that 50 were its own."""
+
+    async def ask(request: CloudRequest) -> CloudAnswer:
+        await asyncio.sleep(0.12)
+        return CloudAnswer([0] * len(request.sizes), [1.0] * len(request.sizes), "there", 0.05)
+
+    got = answers(model, ask, bodies[:2], model.policy.with_request(threshold=ALL_TO_CLOUD))
+    rate = 1e6 * model.costs.link.upload_mbps / 8
+    for answer in got:
+        assert 69 < answer.ms.upload <= answer.ms.cloud - 50
+        assert answer.ms.upload_modelled == pytest.approx(1000 * sum(map(len, bodies[:2])) / rate)
+    alone = answers(model, broken, bodies[:2], model.policy.with_request(threshold=ALL_TO_CLOUD))
+    assert {(answer.ms.upload, answer.ms.upload_modelled) for answer in alone} == {(0.0, 0.0)}
+
+
 def test_edge_only_never_calls_the_cloud(model: TrainedModel, bodies: list[bytes]) -> None:
     async def forbidden(request: CloudRequest) -> CloudAnswer:
         raise AssertionError(f"{len(request.sizes)} images left the edge")

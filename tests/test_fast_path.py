@@ -160,7 +160,7 @@ def test_answers_are_written_as_pydantic_writes_them() -> None:
             degraded=bool(row % 2),
             reason=f"cloud failed: {names[row % len(names)]}" if row % 2 else None,
             joules=Joules(edge_compute=number, upload=number, source="modelled:a+b"),
-            ms=Milliseconds(edge=number, cloud=number),
+            ms=Milliseconds(edge=number, cloud=number, upload=number, upload_modelled=number),
             model_version=row,
             policy=AppliedPolicy(id=f"{row:08x}", gate="two_gate", thresholds=[None, number], edge_only=bool(row % 2)),
             served_by=ServedBy(edge=names[row % len(names)], cloud=None if row % 3 else names[0]),

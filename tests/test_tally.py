@@ -30,6 +30,7 @@ NAMED = {
     "meanet_model_info",
     "meanet_threshold",
     "meanet_cloud_calls",
+    "meanet_upload_seconds",
 }
 
 
@@ -43,7 +44,7 @@ def answer(exit_: ExitName = "main", *, entropy: float | None = 0.2, cloud_ms: f
         degraded=bool(why),
         reason=why or None,
         joules=Joules(edge_compute=2e-7, upload=1e-3 if cloud_ms else 0.0, source="modelled:x"),
-        ms=Milliseconds(edge=2.0, cloud=cloud_ms),
+        ms=Milliseconds(edge=2.0, cloud=cloud_ms, upload=0.0, upload_modelled=0.0),
         model_version=3,
         policy=AppliedPolicy(id="abc", gate="margin", thresholds=[0.1], edge_only=False),
         served_by=ServedBy(edge="here", cloud=None),
@@ -59,6 +60,8 @@ def busy() -> Tally:
     tally.answered(answer("extension", entropy=1.5, cloud_ms=500.0, why="cloud failed: ValueError"), 120, 0.6)
     tally.cloud_call(1, 100, 0.03, "ok")
     tally.cloud_call(1, 120, 0.5, "failed")
+    tally.uploaded(0.025, 0.02)
+    tally.uploaded(0.015, 0.01)
     tally.refused("overloaded")
     tally.passed(5, 0.002)
     return tally
@@ -74,6 +77,7 @@ def test_a_tally_counts_what_was_answered() -> None:
     assert {kind: n for kind, n in counts.degraded.items() if n} == {"failed": 1}
     assert counts.joules == pytest.approx({"edge_compute": 1e-6, "upload": 2e-3})
     assert counts.upload_bytes == 220
+    assert counts.upload_seconds == pytest.approx({"measured": 0.04, "modelled": 0.03})
     assert counts.refused == {"overloaded": 1}
     assert counts.cloud_calls == {"ok": 1, "timed out": 0, "failed": 1}
     assert (counts.whole.count, counts.edge.count, counts.cloud.count) == (5, 5, 2)

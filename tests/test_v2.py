@@ -36,7 +36,7 @@ def answer(class_id: int, entropy: float | None = 0.5) -> Answer:
         degraded=class_id == 2,
         reason="cloud timed out" if class_id == 2 else None,
         joules=Joules(edge_compute=0, upload=0, source="modelled:x"),
-        ms=Milliseconds(edge=1, cloud=0),
+        ms=Milliseconds(edge=1, cloud=0, upload=0, upload_modelled=0),
         model_version=3,
         policy=AppliedPolicy(id="p", gate="margin", thresholds=[0.1], edge_only=False),
         served_by=ServedBy(edge="here", cloud=None),

@@ -26,6 +26,8 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from meanet import checkpoints
+from meanet.checkpoints import STATE as _STATE
 from meanet.config import Recipe
 from meanet.data import ImageTable, Splits
 from meanet.errors import UserError
@@ -38,7 +40,6 @@ from meanet.workers import OnEpoch, RayWorker, interruptible, root_cause
 OnEvent = Callable[[dict[str, Any]], None]
 OBJECT_STORE_BYTES = 200 * 2**20
 """Of a local Ray, for what is passed on its way; what workers share must be added."""
-_STATE = "state.pt"
 _MAX_FAILURES = 3
 
 
@@ -157,7 +158,7 @@ def _send(mailbox: Any, event: dict[str, Any]) -> None:
 def _train_loop(config: dict[str, Any]) -> None:
     recipe = Recipe.from_dict(config["recipe"])
     splits: Splits = ray.get(config["splits"])  # pixels in memory are the object store's, shared by all workers
-    checkpoint = ray.train.get_checkpoint()
+    checkpoint = _newer(ray.train.get_checkpoint(), config["unregistered"])
     state = load_state(checkpoint) if checkpoint else None
     worker = RayWorker(_reporter(config["mailbox"]))
     feed = resident_feed if isinstance(splits.table, ImageTable) else streaming_feed
@@ -184,6 +185,13 @@ def _nodes(worker: RayWorker) -> list[str]:
     ids = torch.zeros(worker.world_size, len(own), device=worker.device)
     ids[worker.rank] = torch.tensor(list(own), dtype=torch.float32)
     return sorted({bytes(row).hex() for row in worker.total(ids).int().tolist()})  # each row has one that is not 0
+
+
+def _newer(registered: Checkpoint | None, unregistered: Checkpoint | None) -> Checkpoint | None:
+    """The one whose folder was named later: Ray Train names them by the time."""
+    if registered is None or unregistered is None:
+        return registered or unregistered
+    return max(registered, unregistered, key=lambda one: Path(one.path).name)
 
 
 def save_state(state: State, folder: Path) -> None:
@@ -230,7 +238,8 @@ def scaling(num_workers: int | None, *, streaming: bool) -> ScalingConfig:
 def train(
     recipe: Recipe, splits: Splits, *, storage: str, name: str, num_workers: int | None, on_event: OnEvent
 ) -> State:
-    """Train all phases on the connected cluster; the same name and storage go on where they stopped.
+    """Train all phases on the connected cluster; the same name and storage go on where they stopped, from the newest
+    checkpoint that is whole.
 
     Args:
         recipe: what to train.
@@ -249,9 +258,16 @@ def train(
     mailbox = (
         ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
     )  # no other node's loss ends it
+    newest = checkpoints.tidied(storage, name)
+    unregistered = Checkpoint(newest, system) if newest else None
     trainer = TorchTrainer(
         _train_loop,
-        train_loop_config={"recipe": recipe.to_dict(), "mailbox": mailbox, "splits": ray.put(splits)},
+        train_loop_config={
+            "recipe": recipe.to_dict(),
+            "mailbox": mailbox,
+            "splits": ray.put(splits),
+            "unregistered": unregistered,
+        },
         scaling_config=workers,
         run_config=RunConfig(
             name=name,
@@ -271,8 +287,10 @@ def train(
             raise UserError(f"training failed after {_MAX_FAILURES} restarts: {root_cause(error)}") from error
         except ray.exceptions.RayError as error:
             raise UserError(f"training could not be run: {root_cause(error)}") from error
-    assert result.checkpoint is not None, "a finished run has a checkpoint"
-    return load_state(result.checkpoint)
+    last = _newer(result.checkpoint, unregistered)
+    assert last is not None, "a finished run has a checkpoint"
+    checkpoints.tidied(storage, name)
+    return load_state(last)
 
 
 @contextlib.contextmanager

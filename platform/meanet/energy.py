@@ -158,8 +158,12 @@ class CostModel:
 
     def cloud_seconds(self, num_bytes: NDArray[Any] | float) -> NDArray[np.float64]:
         """Further time where an image goes to the cloud, s: upload, round trip and the cloud's own."""
-        upload = np.asarray(num_bytes, dtype=np.float64) * self.link.seconds(1)
-        return upload + self.link.rtt_seconds + self.cloud_compute_seconds
+        return self.upload_seconds(num_bytes) + self.cloud_compute_seconds
+
+    def upload_seconds(self, num_bytes: NDArray[Any] | float) -> NDArray[np.float64]:
+        """Time of each of these payloads on its way, and of the answer's back, s: bytes over the link's rate, and its
+        round trip."""
+        return np.asarray(num_bytes, dtype=np.float64) * self.link.seconds(1) + self.link.rtt_seconds
 
     @property
     def latency_source(self) -> str:

@@ -4,6 +4,7 @@ Where and who: the usual variables AWS_ENDPOINT_URL (any server that speaks S3),
 AWS_SECRET_ACCESS_KEY, AWS_PROFILE. They are read here and handed on to the libraries that have names of their own.
 """
 
+import contextlib
 import email.utils
 import os
 import secrets
@@ -109,6 +110,27 @@ def preflight(uri: str, *, write: bool = False) -> None:
         raise UserError(
             f"{uri}: {where} does not answer ({error}): start it, or correct AWS_ENDPOINT_URL and AWS_REGION"
         ) from error
+
+
+def abort_uploads(uri: str) -> list[str]:
+    """Give up uploads in parts that were begun below s3://bucket/key and never ended: nobody sees them, and they cost
+    what they hold. Where that is not allowed, or the server does not answer, they stay.
+
+    Returns:
+        The keys of those that are gone.
+    """
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, key = split(uri)
+    gone: list[str] = []
+    with contextlib.suppress(BotoCoreError, ClientError):
+        client = boto3.session.Session().client("s3", endpoint_url=endpoint(), region_name=region())
+        for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=f"{key}/"):
+            for upload in page.get("Uploads", ()):
+                client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+                gone.append(upload["Key"])
+    return gone
 
 
 def _says(response: Any, bucket: str, *, write: bool) -> str:

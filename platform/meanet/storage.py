@@ -74,6 +74,13 @@ def list_files(uri: str) -> list[str]:
     return sorted(info.path[start:] for info in found if info.type == fs.FileType.File)
 
 
+def folders(uri: str) -> list[str]:
+    """Names of the folders right below one, which need not exist."""
+    system, root = resolve(uri)
+    found = system.get_file_info(fs.FileSelector(root, allow_not_found=True))
+    return [info.base_name for info in found if info.type == fs.FileType.Directory]
+
+
 def read_files(uri: str, paths: Sequence[str]) -> Iterator[bytes]:
     """The bytes of files below a folder, in order."""
     system, root = resolve(uri)
