@@ -10,6 +10,7 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from serve_apps import priority
 from serve_apps.cloud_calls import AskCloud, CloudAnswer, CloudRequest
 from serve_apps.director import Orders
 from serve_apps.edge import EdgeService
@@ -74,6 +75,7 @@ class LiveEdge:
         await self._follower.start(self._links.version)
         if self._service is None:
             self._serve_first(self._follower.held[self._links.version])
+        priority.as_others()
 
     @property
     def service(self) -> EdgeService:
@@ -120,6 +122,7 @@ class LiveCloud:
     async def start(self) -> None:
         """Returns once there is a version."""
         await self._follower.start(self._links.version)
+        priority.as_others()
 
     async def classify(self, request: CloudRequest) -> CloudAnswer:
         """Answers by the network of the request's version, loaded now if this replica is late."""

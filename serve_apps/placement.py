@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from meanet.errors import UserError
+from serve_apps import priority
 from serve_apps.rollout import Place
 
 Pin = Literal["auto", "always", "never"]
@@ -82,7 +83,7 @@ def options(
         resources: of the cluster.
         num_cpus: that a replica reserves.
     """
-    variables = {**_ENVIRONMENT, **(_FRONT if place == "edge" else {})}
+    variables = {**_ENVIRONMENT, **priority.HOOK, **(_FRONT if place == "edge" else {})}
     actor: dict[str, Any] = {"num_cpus": num_cpus, "runtime_env": {"env_vars": variables}}
     if pin == "always" or (pin == "auto" and resources.get(place, 0) > 0):
         actor["resources"] = {place: _SHARE}
