@@ -14,9 +14,10 @@ import optuna
 import pytest
 from conftest import ENVIRONMENT
 from mlflow import MlflowClient
+from ray.tune.execution import class_cache
 
 from jobs import register, tune
-from meanet import artifact
+from meanet import artifact, tuning
 from meanet.errors import UserError
 from meanet.evaluation import ExitsTable
 from meanet.phases import PhaseStore
@@ -73,6 +74,18 @@ def test_restored_search_proposes_what_finished_unnoticed(tmp_path: Path) -> Non
     restored.restore(str(tmp_path / "state"))
     assert proposals(restored, 2, 4) == [unnoticed, cut_off]
     assert proposals(restored, 1, 6)[0] not in (unnoticed, cut_off)
+
+
+def test_no_credential_travels_to_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-the-test")
+    tuning.keep_credentials()
+
+    class Trainable:
+        pass
+
+    sent = class_cache._ActorClassCache().get(Trainable)._default_options["runtime_env"]
+    assert "secret-of-the-test" not in str(sent)
+    assert "PL_DISABLE_FORK" in sent["env_vars"], "what Tune needs is sent as before"
 
 
 def test_domains_in_optunas_words() -> None:

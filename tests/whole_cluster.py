@@ -1,15 +1,19 @@
-"""What `make cluster` starts, as tests use it: its environment, nodes and logs."""
+"""What `make cluster` starts, as tests use it: its environment, nodes and processes; load, and logs."""
 
 import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import boto3
+import httpx
 import pytest
 from conftest import ENVIRONMENT, ROOT
 from test_submit import copy_of_tree
@@ -129,3 +133,53 @@ def keys(here: Here, bucket: str) -> list[str]:
     )
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket)
     return [one["Key"] for page in pages for one in page.get("Contents", [])]
+
+
+def training_raylets(mark: str) -> set[int]:
+    """Of the nodes that hold training workers: their processes' parents."""
+    found = set()
+    for pid in _processes.marked(mark):
+        try:
+            if b"TrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.add(int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]))
+        except OSError:
+            continue
+    return found
+
+
+class Load(threading.Thread):
+    """Asks the server without a pause between answers and the next request, until it is told to stop."""
+
+    def __init__(self, url: str, bodies: list[bytes]) -> None:
+        super().__init__(name="load", daemon=True)
+        self._url, self._bodies = url, bodies
+        self._over = threading.Event()
+        self.statuses: Counter[int | str] = Counter()
+        self.answers: list[dict[str, Any]] = []
+
+    def run(self) -> None:
+        with httpx.Client(base_url=self._url, timeout=30) as client:
+            while not self._over.wait(0.05):
+                body = self._bodies[len(self.answers) % len(self._bodies)]
+                try:
+                    response = client.post("/v1/classify", content=body, headers={"content-type": "image/png"})
+                except httpx.HTTPError as error:
+                    self.statuses[repr(error)] += 1
+                    continue
+                self.statuses[response.status_code] += 1
+                self.answers.append(response.json())
+
+    def until(self, wanted: Callable[[dict[str, Any]], bool], patience_s: float = 150) -> dict[str, Any]:
+        """The first of the answers from now on that is as wanted."""
+        seen, deadline = len(self.answers), time.monotonic() + patience_s
+        while time.monotonic() < deadline:
+            for answer in self.answers[seen:]:
+                seen += 1
+                if wanted(answer):
+                    return answer
+            time.sleep(0.05)
+        raise AssertionError(f"no such answer; {self.statuses}, the last one {self.answers[-1:]}")
+
+    def stop(self) -> None:
+        self._over.set()
+        self.join()

@@ -24,6 +24,7 @@ import torch
 from ray import tune
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
+from ray.tune.execution import class_cache
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import Searcher
@@ -138,6 +139,7 @@ def run_functions(evaluate: Callable[[Params], Measured], study: Study, plan: Pl
 
 
 def _fit(trainable: Any, study: Study, plan: Plan, name: str, scheduler: AsyncHyperBandScheduler | None) -> list[Ended]:
+    keep_credentials()
     storage = Path(study.root) / "tune"
     path = storage / name
     if _restorable(path):
@@ -162,6 +164,12 @@ def _fit(trainable: Any, study: Study, plan: Plan, name: str, scheduler: AsyncHy
     except (ray.exceptions.RayError, tune.TuneError) as error:
         raise UserError(f"the study could not be run: {root_cause(error)}; the same command goes on") from error
     return [_ended(grid[number]) for number in range(len(grid))]
+
+
+def keep_credentials() -> None:
+    """Let no AWS_ variable travel to trials: Tune would send the driver's along, and Ray's agents log what was sent."""
+    names = class_cache.ENV_VARS_TO_PROPAGATE
+    names.difference_update([name for name in names if name.startswith("AWS_")])
 
 
 def _until_interrupted(fit: Callable[[], tune.ResultGrid]) -> tune.ResultGrid:
