@@ -22,7 +22,7 @@ from serve_apps.http import MAX_BATCH_BYTES
 MAX_LAG_S = 0.15
 """How far the loop may be behind; a request of a second's deadline then still has most of it."""
 MAX_WAIT_S = 0.25
-"""How long what is in hand may take."""
+"""How long what is in hand may take, and what waits to be accepted."""
 MAX_BACKLOG = 128
 """Connections that wait to be accepted; a refusal takes a fraction of a millisecond, so that these are soon through."""
 ALWAYS = 16
@@ -49,7 +49,7 @@ class Gate:
         """`service` is asked for at each request: a replica has it only once it is up."""
         self._app, self._service, self._clock = app, service, clock
         self._requests = self._bytes = 0
-        self._pace = _Rate()
+        self._pace, self._arrivals = _Rate(), _Rate()
         self._backlog: Backlog | None = None
         self._beaten = 0.0
         self._due: float | None = None
@@ -67,6 +67,7 @@ class Gate:
             return
         held = _Held(self, receive, _announced(scope))
         service = self._service()
+        self._arrivals.answered += 1
         if self._backlog is None:
             self._backlog = Backlog((scope.get("server") or (None, None))[1])
         why, seconds = self._full(service, held.size)
@@ -95,8 +96,9 @@ class Gate:
         here = self._here(service)
         if here >= ALWAYS and (wait := self._pace.seconds(here)) > MAX_WAIT_S:
             return f"{here} requests are in hand, which takes {wait:.2f} s", wait
-        if self._backlog is not None and (waiting := len(self._backlog)) > MAX_BACKLOG:
-            return f"{waiting} connections wait to be accepted", lag
+        waiting = 0 if self._backlog is None else len(self._backlog)
+        if waiting > MAX_BACKLOG or self._arrivals.seconds(waiting) > MAX_WAIT_S:
+            return f"{waiting} connections wait to be accepted", self._arrivals.seconds(waiting)
         return service.full()
 
     def _here(self, service: EdgeService) -> int:
@@ -112,7 +114,9 @@ class Gate:
     def _beat(self) -> None:
         now = self._clock()
         if self._due is not None:
-            self._pace.passed(now - self._beaten, busy=self._here(self._service()) >= ALWAYS)
+            busy = self._here(self._service()) >= ALWAYS
+            self._pace.passed(now - self._beaten, busy=busy)
+            self._arrivals.passed(now - self._beaten, busy=busy)
         self._beaten = now
         if not self._requests:
             self._due = None
@@ -127,10 +131,10 @@ class Gate:
 
 @dataclass
 class _Rate:
-    """At which requests are answered while many are in hand: learned, and soon forgotten."""
+    """At which requests come or are answered while many are in hand: learned, and soon forgotten."""
 
     answered: int = 0
-    """Since the last beat."""
+    """Or come, since the last beat."""
     _all: float = 0.0
     _seconds: float = 0.0
 

@@ -213,6 +213,9 @@ def test_connections_that_wait_to_be_accepted_are_counted_and_refused() -> None:
             waiting.append(socket.create_connection(("127.0.0.1", port)))
             assert (await ask(through, port=port))[0] == 503
             listener.accept()[0].close()
+            through._arrivals._all, through._arrivals._seconds = 100.0, 1.0  # a second's worth and more of them waits
+            assert (await ask(through, port=port))[0] == 503
+            through._arrivals._all = 1000.0
             app.may_answer.set()
             assert (await ask(through, port=port))[0] == 200
             await asyncio.gather(*tasks)
