@@ -49,11 +49,11 @@ def test_killed_worker_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     )
     seen: list[str] = []
     try:
-        worker = int(line_after(process, r"2 worker\(s\) started, pid (\d+), 0 of", seen)[1])
+        worker = int(line_after(process, r"2 worker\(s\) started on 1 node\(s\), pid (\d+), 0 of", seen)[1])
         line_after(process, rf"extension epoch +3/{EPOCHS}", seen)
         os.kill(worker, signal.SIGKILL)
         killed = time.monotonic()
-        resumed = line_after(process, rf"resumed from the last checkpoint, pid (\d+), (\d+) of {3 * EPOCHS}", seen)
+        resumed = line_after(process, rf"resumed from the last checkpoint on 1 node\(s\), pid (\d+), (\d+) of {3 * EPOCHS}", seen)
         stdout, rest = process.communicate(timeout=180)
     finally:
         process.kill()
