@@ -53,7 +53,8 @@ def test_killed_worker_resumes_from_its_checkpoint(tmp_path: Path) -> None:
         line_after(process, rf"extension epoch +3/{EPOCHS}", seen)
         os.kill(worker, signal.SIGKILL)
         killed = time.monotonic()
-        resumed = line_after(process, rf"resumed from the last checkpoint on 1 node\(s\), pid (\d+), (\d+) of {3 * EPOCHS}", seen)
+        again = rf"resumed from the last checkpoint on 1 node\(s\), pid (\d+), (\d+) of {3 * EPOCHS}"
+        resumed = line_after(process, again, seen)
         stdout, rest = process.communicate(timeout=180)
     finally:
         process.kill()
