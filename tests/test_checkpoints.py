@@ -63,7 +63,19 @@ def test_a_run_that_has_not_begun(place: str) -> None:
     assert tidied(place, "none") is None
 
 
-@pytest.mark.parametrize("snapshot", ["{", '{"checkpoint_results": 1, "latest_checkpoint_result": null}', "[]"])
+@pytest.mark.parametrize("snapshot", ["", "{"])
+def test_a_snapshot_that_was_cut_off_does_not_keep_ray_from_starting(
+    tmp_path: Path, state: bytes, snapshot: str
+) -> None:
+    run = tmp_path / "run"
+    write(f"{run}/checkpoint_manager_snapshot.json", snapshot.encode())
+    for name in (OLD, WHOLE):
+        write(f"{run}/{name}/{STATE}", state)
+    assert tidied(str(tmp_path), "run") == f"{run}/{WHOLE}"
+    assert sorted(one.name for one in run.iterdir()) == [WHOLE]
+
+
+@pytest.mark.parametrize("snapshot", ['{"checkpoint_results": 1, "latest_checkpoint_result": null}', "[]"])
 def test_nothing_is_removed_where_it_is_not_known_what_is_registered(
     tmp_path: Path, state: bytes, snapshot: str
 ) -> None:

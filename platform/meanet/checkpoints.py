@@ -54,15 +54,23 @@ def _is_whole(system: Any, path: str) -> bool:
 
 
 def _registered(system: Any, path: str) -> set[str] | None:
-    """Folders that Ray's snapshot knows; None where that cannot be told, and nothing may be removed."""
+    """Folders that Ray's snapshot knows; None where that cannot be told, and nothing may be removed.
+
+    One that was cut off while it was written is removed: Ray refuses to start beside it.
+    """
     try:
         with system.open_input_stream(path, compression=None) as stream:
-            snapshot = json.loads(stream.read())
+            text = stream.read()
+        try:
+            snapshot = json.loads(text)
+        except ValueError:
+            system.delete_file(path)
+            return set()
         results = [*snapshot["checkpoint_results"], snapshot["latest_checkpoint_result"]]
         return {result["checkpoint_dir_name"] for result in results if result is not None}
     except FileNotFoundError:
         return set()
-    except (ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return None
 
 
