@@ -136,7 +136,7 @@ class Training:
             [sys.executable, "-m", "jobs.train", *words],
             env=environment | {_processes.MARK: self._mark, "TMPDIR": self._temporary},
             cwd=folder,
-            stdout=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
@@ -177,6 +177,8 @@ class Training:
             time.sleep(0.05)
         self.process.wait()
         self._reader.join(5)
+        if self.process.stderr is not None:
+            self.process.stderr.close()
         shutil.rmtree(self._temporary, ignore_errors=True)
         return len(ours)
 
