@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,15 @@ subprocess.Popen([sys.executable, "-c", child], start_new_session=True)
 time.sleep(60)
 """
 """Ignores SIGTERM, and has a child in a session of its own."""
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """A command's own handlers of signals end with its test."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

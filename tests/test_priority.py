@@ -21,7 +21,7 @@ priority.wait_behind()
 threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 behind = all_of_it()
 priority.as_others()
-print(json.dumps([before, behind, all_of_it()]))
+print(json.dumps([before, behind, all_of_it()]), flush=True)
 os._exit(0)
 """
 
