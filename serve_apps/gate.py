@@ -21,8 +21,10 @@ from serve_apps.http import MAX_BATCH_BYTES
 
 MAX_LAG_S = 0.15
 """How far the loop may be behind; a request of a second's deadline then still has most of it."""
-MAX_WAIT_S = 0.25
-"""How long what is in hand may take, and what waits to be accepted."""
+MAX_WAIT_S = 0.5
+"""How long what is in hand may take; answers go out a micro-batch at a time, so that their rate is known roughly."""
+MAX_UNSEEN_S = 0.25
+"""How long what waits to be accepted may."""
 MAX_BACKLOG = 128
 """Connections that wait to be accepted; a refusal takes a fraction of a millisecond, so that these are soon through."""
 ALWAYS = 16
@@ -30,9 +32,9 @@ ALWAYS = 16
 MAX_BYTES = 256 * 2**20
 """Of bodies in hand."""
 _BEAT_S = 0.02
-_KEPT = 0.95
-"""Of what was learned, from beat to beat: about the last half second counts."""
-_LEARNED_S = 0.2
+_KEPT = 0.97
+"""Of what was learned, from beat to beat: about the last second counts."""
+_LEARNED_S = 0.4
 """Of work at full load, before it says anything."""
 _LONGEST_BEAT_S = 0.1
 """As it counts: a machine that has stalled says nothing of the rate."""
@@ -97,7 +99,7 @@ class Gate:
         if here >= ALWAYS and (wait := self._pace.seconds(here)) > MAX_WAIT_S:
             return f"{here} requests are in hand, which takes {wait:.2f} s", wait
         waiting = 0 if self._backlog is None else len(self._backlog)
-        if waiting > MAX_BACKLOG or self._arrivals.seconds(waiting) > MAX_WAIT_S:
+        if waiting > MAX_BACKLOG or self._arrivals.seconds(waiting) > MAX_UNSEEN_S:
             return f"{waiting} connections wait to be accepted", self._arrivals.seconds(waiting)
         return service.full()
 
