@@ -112,9 +112,12 @@ def _too_long(wanted: dict[str, str]) -> str | None:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """None of those that the kernel gives to connections, which may have taken it before its server does."""
+    for port in random.sample(_PORTS, 100):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    return _PORTS.start
 
 
 def _free_block() -> int:
