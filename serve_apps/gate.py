@@ -21,7 +21,7 @@ from serve_apps.http import MAX_BATCH_BYTES
 
 MAX_LAG_S = 0.15
 """How far the loop may be behind; a request of a second's deadline then still has most of it."""
-MAX_WAIT_S = 0.5
+MAX_WAIT_S = 0.35
 """How long what is in hand may take; answers go out a micro-batch at a time, so that their rate is known roughly."""
 MAX_UNSEEN_S = 0.25
 """How long what waits to be accepted may."""
@@ -32,9 +32,9 @@ ALWAYS = 16
 MAX_BYTES = 256 * 2**20
 """Of bodies in hand."""
 _BEAT_S = 0.02
-_KEPT = 0.97
-"""Of what was learned, from beat to beat: about the last second counts."""
-_LEARNED_S = 0.4
+_KEPT = 0.95
+"""Of what was learned, from beat to beat: about the last half second counts."""
+_LEARNED_S = 0.2
 """Of work at full load, before it says anything."""
 _LONGEST_BEAT_S = 0.1
 """As it counts: a machine that has stalled says nothing of the rate."""
