@@ -1,7 +1,6 @@
 """The edge's service without HTTP and Ray, against clouds that are well, slow, gone or lying."""
 
 import asyncio
-import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -15,7 +14,6 @@ from meanet.errors import UserError
 from meanet.preprocessing import encode_png
 from meanet.routing import Exit, Policy
 from meanet.runtime import Cascade, CloudRuntime
-from serve_apps.batching import Batcher
 from serve_apps.cloud_calls import CloudAnswer, CloudRequest
 from serve_apps.edge import EdgeService, OverloadedError
 from serve_apps.http import Answer
@@ -333,38 +331,6 @@ def test_requests_with_different_policies_share_a_batch(model: TrainedModel, bod
     one, two = asyncio.run(run())
     assert all(answer.exit != "cloud" for answer in one)
     assert all(answer.exit == "cloud" for answer in two)
-
-
-def test_batcher_goes_at_once_and_gathers_what_arrives_meanwhile() -> None:
-    batches: list[list[int]] = []
-    threads: set[int] = set()
-    handed: list[int] = []
-
-    async def run() -> None:
-        def work(items: Sequence[int]) -> int:
-            threads.add(threading.get_ident())
-            batches.append(list(items))
-            time.sleep(0.01)
-            return len(items)
-
-        def done(count: int) -> None:
-            assert threading.current_thread() is threading.main_thread()
-            handed.append(count)
-
-        batcher: Batcher[int, int] = Batcher(work, done, 4, "test")
-        batcher.put([-1])
-        while not batches:
-            await asyncio.sleep(0)
-        batcher.put(list(range(9)))
-        assert batcher.queued == 9
-        while sum(handed) < 10:
-            await asyncio.sleep(0.01)
-
-    asyncio.run(run())
-    assert batches == [[-1], [0, 1, 2, 3], [4, 5, 6, 7], [8]]
-    assert handed == [1, 4, 4, 1], "one hand-over a batch"
-    assert len(threads) == 1
-    assert threading.get_ident() not in threads
 
 
 def test_a_hundred_requests_at_once_are_answered_in_their_order_by_one_cloud_call_a_micro_batch(
