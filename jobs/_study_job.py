@@ -22,13 +22,14 @@ from meanet.errors import UserError
 from meanet.evaluation import ExitsTable
 from meanet.judge import Study
 from meanet.phases import phase_keys
+from meanet.proposals import Plan, SearcherName
 from meanet.replay import Outcome, replay
 from meanet.routing import Policy
 from meanet.storage import check_writable, upload, write_parquet, write_text
 from meanet.study import Trial, read_front, read_trials, trial_id, write_trial
 from meanet.study_report import Chosen, Facts
 from meanet.tracking import Tracker
-from meanet.tuning import Ended, Plan, SearcherName
+from meanet.tuning import Ended
 
 Default = tuple[TrainedModel | None, ExitsTable]
 """The default's model, where there is one, and its recorded exits."""

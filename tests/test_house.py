@@ -20,8 +20,8 @@ ALLOWED = {
     "serve_apps": {"serve_apps", "meanet"},
 }
 HOMES = {
-    "ray": {"meanet.cluster", "meanet.streaming", "meanet.tuning", "meanet.workers"},
-    "optuna": {"meanet.tuning"},
+    "ray": {"meanet.cluster", "meanet.proposals", "meanet.streaming", "meanet.tuning", "meanet.workers"},
+    "optuna": {"meanet.proposals"},
     "mlflow": {"meanet.tracking"},
     "boto3": {"meanet.s3"},
     "pyarrow.fs": {"meanet.storage", "meanet.s3"},

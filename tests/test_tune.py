@@ -21,11 +21,12 @@ from meanet import artifact, tuning
 from meanet.errors import UserError
 from meanet.evaluation import ExitsTable
 from meanet.phases import PhaseStore
+from meanet.proposals import Plan, StudySearch, distribution, draw
 from meanet.recipes import digits
 from meanet.replay import replay
 from meanet.study import Choice, FloatRange, IntRange, Measured, Space, Trial, read_trials, trial_id, write_trial
 from meanet.trial import rungs
-from meanet.tuning import Plan, StudyScheduler, StudySearch, distribution, draw
+from meanet.tuning import StudyScheduler
 from tune_spaces.class_split import class_split
 
 TRIALS = 6
