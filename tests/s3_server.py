@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pytest
 
 from jobs._processes import free_ports
@@ -56,6 +57,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     server.start()
     before = dict(os.environ)
     os.environ.update(server.environment)
+    boto3.DEFAULT_SESSION = None  # it keeps the credentials of the server before, and MLflow uses it
     try:
         yield server
     finally:

@@ -86,7 +86,7 @@ def test_a_snapshot_that_was_cut_off_goes_and_beside_one_that_is_strange_nothing
 
 
 def test_uploads_that_were_cut_off_are_given_up(s3_server: S3Server) -> None:
-    client = boto3.client("s3", endpoint_url=s3_server.url, region_name="us-east-1")
+    client = boto3.session.Session().client("s3", endpoint_url=s3_server.url, region_name="us-east-1")
     for key in (f"cut/run/{HALF}/{STATE}", "cut/runner/other"):
         upload = client.create_multipart_upload(Bucket="meanet", Key=key)["UploadId"]
         client.upload_part(Bucket="meanet", Key=key, UploadId=upload, PartNumber=1, Body=b"x" * 1000)
