@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
@@ -19,6 +19,9 @@ from serve_apps.director import Desired, Director, Orders, Outcome
 from serve_apps.rollout import Beat
 from serve_apps.settings import Settings
 from serve_apps.wishes import PolicyWish
+
+if TYPE_CHECKING:
+    from meanet.tracking import Tracker
 
 LOG = logging.getLogger("ray.serve.meanet")
 FOLLOW_S = 5.0
@@ -59,11 +62,14 @@ class Control:
         self._board = Board()
         self._follow_s = FOLLOW_S
         self._following: asyncio.Task[None] | None = None
+        self._tracker: Tracker | None = None
 
     def _resolve(self, reference: str) -> int:
         from meanet.tracking import Tracker  # brings MLflow and torch, which edge and cloud do without
 
-        return Tracker(self._tracking_uri).version_of(reference)
+        if self._tracker is None:  # once, for it asks the store some things first
+            self._tracker = Tracker(self._tracking_uri)
+        return self._tracker.version_of(reference)
 
     def _save(self, text: str) -> None:
         _internal_kv_put(self._key, text, overwrite=True, namespace=_NAMESPACE)

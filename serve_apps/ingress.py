@@ -66,6 +66,7 @@ def variables(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 2) // 2))),
         "RAY_worker_niceness": "0",  # Ray's own 15 is for work in the background; answering is not
         "RAY_enable_metrics_collection": "0",  # Ray's own, for its dashboard; /metrics is ours
+        "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "1",  # new files are looked for twice a second, not ten times
         "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": str(_EXPORT_MS),
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": str(_CONTROL_S),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
