@@ -23,6 +23,8 @@ _NUMBER = r"\d{1,9}(\.\d{1,9})?"
 _PLAIN_QUERY = re.compile(f"(edge_only=(true|false)|threshold=-?{_NUMBER}|deadline_ms={_NUMBER})(&|$)".encode())
 _QUERY_BYTES = 100
 _KEPT = 256
+_WISHES = "meanet.wishes"
+"""In the scope of a request that is answered here."""
 
 
 async def ask(service: EdgeService, images: Any, wishes: Wishes) -> list[Answer]:
@@ -55,9 +57,20 @@ async def ask(service: EdgeService, images: Any, wishes: Wishes) -> list[Answer]
 class FastPath:
     """ASGI middleware."""
 
-    def __init__(self, app: ASGIApp, service: Callable[[], EdgeService]) -> None:
-        """`service` is asked for at each request: a replica has it only once it is up."""
-        self._app, self._service = app, service
+    def __init__(
+        self,
+        app: ASGIApp,
+        service: Callable[[], EdgeService],
+        around: Callable[[ASGIApp], ASGIApp] = lambda answering: answering,
+    ) -> None:
+        """Stand before an application.
+
+        Args:
+            app: it.
+            service: asked for at each request: a replica has it only once it is up.
+            around: what a request goes through that is answered here.
+        """
+        self._app, self._service, self._answering = app, service, around(self._answer)
         self._wishes: dict[bytes, Wishes] = {b"": Wishes()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -68,11 +81,15 @@ class FastPath:
         if wishes is None:
             await self._app(scope, receive, send)
             return
+        scope[_WISHES] = wishes
+        await self._answering(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             body = await _body(scope, receive)
             if body is None:  # the client is gone
                 return
-            (answer,) = await ask(self._service(), [body], wishes)
+            (answer,) = await ask(self._service(), [body], scope[_WISHES])
         except HTTPException as error:
             refusal = JSONResponse({"detail": error.detail}, error.status_code, error.headers)
             await refusal(scope, receive, send)

@@ -32,10 +32,14 @@ ALWAYS = 16
 MAX_BYTES = 256 * 2**20
 """Of bodies in hand."""
 _BEAT_S = 0.02
+_MOST_TAKEN = 64
+"""Connections in a beat."""
 _KEPT = 0.95
 """Of what was learned, from beat to beat: about the last half second counts."""
-_LEARNED_S = 0.2
-"""Of work at full load, before it says anything."""
+_GUESS_S = 0.1
+"""What is held before anything is learned weighs as much as so long a time of work."""
+_GUESSED_ANSWERS, _GUESSED_ARRIVALS = 25, 100
+"""In it; a refusal costs less than an answer."""
 _LONGEST_BEAT_S = 0.1
 """As it counts: a machine that has stalled says nothing of the rate."""
 _PASSED = "meanet.gate"
@@ -46,13 +50,26 @@ class Gate:
     """ASGI middleware, outermost; one for each replica."""
 
     def __init__(
-        self, app: ASGIApp, service: Callable[[], EdgeService], clock: Callable[[], float] = time.monotonic
+        self,
+        app: ASGIApp,
+        service: Callable[[], EdgeService],
+        clock: Callable[[], float] = time.monotonic,
+        protocol: Callable[[], Callable[[], asyncio.BaseProtocol] | None] = lambda: None,
     ) -> None:
-        """`service` is asked for at each request: a replica has it only once it is up."""
-        self._app, self._service, self._clock = app, service, clock
+        """Stand before an application.
+
+        Args:
+            app: it.
+            service: asked for at each request: a replica has it only once it is up.
+            clock: in seconds.
+            protocol: what makes a protocol for a connection to this server, if that is known: connections are then
+                taken in as they come.
+        """
+        self._app, self._service, self._clock, self._protocol = app, service, clock, protocol
         self._requests = self._bytes = 0
-        self._pace, self._arrivals = _Rate(), _Rate()
+        self._pace, self._arrivals = _Rate(_GUESSED_ANSWERS), _Rate(_GUESSED_ARRIVALS)
         self._backlog: Backlog | None = None
+        self._coming = set[asyncio.Task[object]]()
         self._beaten = 0.0
         self._due: float | None = None
         """When the loop is to say that it keeps up; None while nothing is in hand."""
@@ -123,8 +140,16 @@ class Gate:
         if not self._requests:
             self._due = None
             return
+        self._take_in()
         self._due = now + _BEAT_S
         asyncio.get_running_loop().call_later(_BEAT_S, self._beat)
+
+    def _take_in(self) -> None:
+        """What waits to be accepted: the event loop takes one a turn, and a turn may be long."""
+        if self._backlog is not None and len(self._backlog) > 1 and (protocol := self._protocol()) is not None:
+            self._coming.update(taken := self._backlog.accept(_MOST_TAKEN, protocol))
+            for task in taken:
+                task.add_done_callback(self._coming.discard)
 
     def more(self, size: int) -> None:
         """Bytes have come that were not announced."""
@@ -135,6 +160,8 @@ class Gate:
 class _Rate:
     """At which requests come or are answered while many are in hand: learned, and soon forgotten."""
 
+    guess: float
+    """Requests in `_GUESS_S`, until more is known."""
     answered: int = 0
     """Or come, since the last beat."""
     _all: float = 0.0
@@ -149,8 +176,8 @@ class _Rate:
         self.answered = 0
 
     def seconds(self, requests: int) -> float:
-        """That so many take; 0 where nothing is known."""
-        return requests * self._seconds / max(self._all, 0.5) if self._seconds > _LEARNED_S else 0.0
+        """That so many take."""
+        return requests * (_GUESS_S + self._seconds) / (self.guess + self._all)
 
 
 class _Held:

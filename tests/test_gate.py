@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from serve_apps import front, gate
+from serve_apps import gate
 from serve_apps.backlog import Backlog
 from serve_apps.gate import ALWAYS, MAX_BACKLOG, MAX_BYTES, MAX_LAG_S, MAX_WAIT_S, Gate
 
@@ -167,8 +167,8 @@ def test_what_the_blocks_cannot_do_in_time_is_not_read() -> None:
 
 
 def test_the_rate_of_answers_bounds_what_is_in_hand() -> None:
-    rate = gate._Rate()
-    assert rate.seconds(1000) == 0.0, "nothing is known"
+    rate = gate._Rate(guess=20)
+    assert rate.seconds(50) == 0.25, "nothing is known: as guessed"
     for _ in range(100):  # 4 answers a beat at full load: 200 a second
         rate.answered = 4
         rate.passed(0.02, busy=True)
@@ -178,7 +178,11 @@ def test_the_rate_of_answers_bounds_what_is_in_hand() -> None:
     assert 0.24 < rate.seconds(50) < 0.26, "a beat with little in hand says nothing of the rate"
     for _ in range(100):
         rate.passed(0.02, busy=False)
-    assert rate.seconds(1000) == 0.0, "and in time all is forgotten"
+    assert 0.24 < rate.seconds(50) < 0.26
+    for _ in range(10):
+        rate.answered = 40
+        rate.passed(0.02, busy=True)
+    assert rate.seconds(50) < 0.06, "and in time the old is forgotten"
 
 
 def test_requests_that_wait_for_the_cloud_are_not_in_hand() -> None:
@@ -186,8 +190,8 @@ def test_requests_that_wait_for_the_cloud_are_not_in_hand() -> None:
         app, edge = App(), Edge()
         through = gate_of(app, edge)
         tasks = await in_hand(app, through, 2 * ALWAYS)
-        through._pace = slow = gate._Rate()
-        slow._all, slow._seconds = 1.0, 1.0  # one answer a second
+        through._pace = slow = gate._Rate(guess=25)
+        slow._all, slow._seconds = 1.0, 10.0  # an answer in ten seconds
         assert 2 * ALWAYS > MAX_WAIT_S
         assert (await ask(through))[0] == 503
         edge.away = ALWAYS + 1
@@ -242,17 +246,28 @@ def test_what_the_front_has_passed_the_application_does_not_ask_again() -> None:
     asyncio.run(test())
 
 
-def test_serve_is_told_not_to_watch_for_the_going_of_one_image() -> None:
+def test_what_waits_to_be_accepted_is_taken_in_at_every_beat() -> None:
     async def test() -> None:
-        seen: list[Scope] = []
+        app, edge, made = App(), Edge(), list[asyncio.Protocol]()
 
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            seen.append(scope)
+        def protocol() -> asyncio.Protocol:
+            made.append(asyncio.Protocol())
+            return made[-1]
 
-        through: Any = front.Unwatched(app)
-        for path in ("/v1/classify", "/v1/classify/batch"):
-            await through({"type": "http", "path": path, "headers": []}, None, None)
-        assert [bool(scope["headers"]) for scope in seen] == [True, False]
+        service: Any = edge
+        through = Gate(app, lambda: service, protocol=lambda: protocol)
+        with socket.create_server(("127.0.0.1", 0), backlog=200) as listener:  # which nobody else accepts from
+            port = listener.getsockname()[1]
+            tasks = await in_hand(app, through, 1, port=port)
+            waiting = [socket.create_connection(("127.0.0.1", port)) for _ in range(100)]
+            while len(made) < 100:
+                await asyncio.sleep(gate._BEAT_S)
+            assert len(Backlog(port)) == 0
+            while through._coming:
+                await asyncio.sleep(gate._BEAT_S)
+            for connection in waiting:
+                connection.close()
+        app.may_answer.set()
+        await asyncio.gather(*tasks)
 
-    asyncio.run(test())
-    assert [one.cls for one in front.middlewares()] == [front.Unwatched, Gate]
+    asyncio.run(asyncio.wait_for(test(), 20))
