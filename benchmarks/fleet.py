@@ -114,12 +114,13 @@ kept {calibration["others_busy"]:.0%} of the machine busy meanwhile. Worst error
 {BOUND:.0%} is **{"kept" if held else "not kept"}**.{loud}
 
 {flags["rounds"]} rounds of {flags["seconds"]:g} s at each number of clients, one after another. Of each number, the
-half of the rounds counts in which other processes took the least of the machine, whatever was measured then; figures
-are medians over these, and "rounds" says how far their p50 lay apart. Clients are paced, not in a closed loop: each
+half of the rounds counts for latency in which other processes took the least of the machine, whatever was measured
+then; p50 is the median over these, and "rounds" says how far they lay apart. What goes to the cloud does not depend on
+that: the share is of all requests of all rounds. Clients are paced, not in a closed loop: each
 sends at random (Poisson, {calibration["rate"]:.2f} requests a second) whether or not it has its last answer, as a
 camera does that sees something; a closed loop would measure how fast a client can be, and has no part in a fleet.
 Latency counts from the moment when a request was to be sent. Each client walks through the test images in an order of
-its own.
+its own, from round to round.
 
 All clients share one edge replica, and this machine's processors with HTTP, proxy and cloud. What holds the simulated
 edge's core is a request's processor time, server and client together ({1000 * cost["processor_s"]:.2f} ms), divided by

@@ -1,9 +1,9 @@
 """A running server beside the simulated one: calibrated at one client, then predicted and measured at 2 to 8.
 
 Read by `benchmarks.fleet`. Rounds are interleaved, one client and then each other number, so that what else the machine
-does falls on all of them alike. Of each, the half of the rounds counts in which other processes took the least of the
-machine, whatever was measured then; figures are medians over these. What is predicted follows from what one client saw,
-and from nothing else.
+does falls on all of them alike. Of each, the half of the rounds counts for latency in which other processes took the
+least of the machine, whatever was measured then; p50 is the median over these. What goes to the cloud does not depend
+on that: its share is of all rounds. What is predicted follows from what one client saw, and from nothing else.
 """
 
 import asyncio
@@ -11,15 +11,15 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import aiohttp
 import numpy as np
 
-from benchmarks.fleet_load import Answered, Pace, closed_loop, cloud_batches, paced
+from benchmarks.fleet_load import Answered, Pace, closed_loop, cloud_batches, paced, walk
 from benchmarks.memory import tree
 from benchmarks.serving_servers import cpu_seconds
 from meanet import data
@@ -211,6 +211,8 @@ class Bench:
     flags: Compare
     pid: int
     bodies: list[bytes]
+    walks: dict[tuple[int, int], Iterator[bytes]] = field(default_factory=dict)
+    """Of each client of so many, through all rounds: after a whole walk, each exit's share is that of the images."""
 
     async def cost(self) -> tuple[Cost, list[Answered]]:
         """Of a request of one client in a closed loop, and the answers to all images."""
@@ -229,8 +231,12 @@ class Bench:
 
     async def paced(self, clients: int, rate: float, seconds: float, seed: int) -> Seen:
         """What so many clients see."""
+        walks = [
+            self.walks.setdefault((clients, client), walk(self.bodies, (self.flags.seed, clients, client)))
+            for client in range(clients)
+        ]
         meter = Meter(self.pid)
-        answers = await paced(self.session, self.flags.url, self.bodies, Pace(clients, rate, seconds, seed))
+        answers = await paced(self.session, self.flags.url, walks, Pace(clients, rate, seconds, seed))
         return Seen(answers, meter.others())
 
     async def alone(self, rate: float, seed: int) -> Alone:
@@ -295,12 +301,12 @@ async def compare(flags: Compare) -> dict[str, Any]:
 def _row(clients: int, predicted: Outcome, rounds: Sequence[Seen]) -> dict[str, Any]:
     quiet = quieter(rounds)
     p50 = [float(np.median([answer.seconds for answer in one.answers])) for one in quiet]
-    share = [float(np.mean([answer.exit == "cloud" for answer in one.answers])) for one in quiet]
+    gone = [answer.exit == "cloud" for one in rounds for answer in one.answers]
     return {
         "clients": clients,
-        "requests": sum(len(one.answers) for one in quiet),
+        "requests": len(gone),
         "p50": _pair(predicted.latency["p50"], p50),
-        "cloud_share": _pair(predicted.share["cloud"], share),
+        "cloud_share": _pair(predicted.share["cloud"], [float(np.mean(gone))]),
         "degraded": sum(answer.degraded for one in quiet for answer in one.answers),
         "others": [one.others for one in quiet],
         "left_out": [[float(np.median([a.seconds for a in one.answers])), one.others] for one in _louder(rounds)],

@@ -5,7 +5,7 @@ import io
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,12 +60,14 @@ class Pace:
     seed: int
 
 
-async def paced(session: aiohttp.ClientSession, url: str, bodies: list[bytes], pace: Pace) -> list[Answered]:
-    """All answers to clients that each keep this pace."""
+async def paced(
+    session: aiohttp.ClientSession, url: str, walks: Sequence[Iterator[bytes]], pace: Pace
+) -> list[Answered]:
+    """All answers to clients that each keep this pace, and go on in a walk of their own."""
     start = time.perf_counter() + 0.1
     streams = np.random.SeedSequence(pace.seed).spawn(pace.clients)
     found = await asyncio.gather(
-        *(_client(session, url, _walk(bodies, stream), _times(start, pace, stream)) for stream in streams)
+        *(_client(session, url, walk, _times(start, pace, stream)) for walk, stream in zip(walks, streams, strict=True))
     )
     return [answer for answers in found for answer in answers]
 
@@ -77,8 +79,9 @@ def _times(start: float, pace: Pace, stream: np.random.SeedSequence) -> list[flo
     return times
 
 
-def _walk(bodies: list[bytes], stream: np.random.SeedSequence) -> Iterator[bytes]:
-    generator = np.random.default_rng(stream.spawn(1)[0])
+def walk(bodies: list[bytes], seed: Sequence[int]) -> Iterator[bytes]:
+    """All images in one random order after the other, without end."""
+    generator = np.random.default_rng(seed)
     while True:
         for place in generator.permutation(len(bodies)):
             yield bodies[place]
@@ -88,7 +91,8 @@ async def _client(
     session: aiohttp.ClientSession, url: str, walk: Iterator[bytes], times: list[float]
 ) -> list[Answered]:
     asked = []
-    for due, body in zip(times, walk, strict=False):
+    for due in times:
+        body = next(walk)
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
         asked.append(asyncio.ensure_future(_ask(session, url, body, due)))
     return list(await asyncio.gather(*asked))
