@@ -1,7 +1,10 @@
 """Lines for a person: what is going on, and how long it will take."""
 
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -41,3 +44,22 @@ class TrainingProgress:
             f"  {event['phase']:<9} epoch {event['epoch']:>3}/{event['epochs']:<3} loss {event['loss']:.4f}  "
             f"validation {event['validation_accuracy']:.4f}  left {int(left // 60)}:{int(left % 60):02d}"
         )
+
+
+@contextmanager
+def repeated(work: Callable[[], None], every_s: float, name: str) -> Iterator[None]:
+    """Work every so many seconds, in a thread of that name, until the block is over, and then once more."""
+    over = threading.Event()
+
+    def again() -> None:
+        while not over.wait(every_s):
+            work()
+
+    thread = threading.Thread(target=again, name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        work()

@@ -140,21 +140,9 @@ class TrialLog:
     @contextmanager
     def following(self) -> Iterator[None]:
         """Show and log what trials say, in a thread, until the block is over."""
-        over = threading.Event()
         self._poll(show=False)  # what an interrupted attempt has said
-
-        def follow() -> None:
-            while not over.wait(0.5):
-                self._poll()
-
-        thread = threading.Thread(target=follow, name="meanet-study", daemon=True)
-        thread.start()
-        try:
+        with _progress.repeated(self._poll, 0.5, "meanet-study"):
             yield
-        finally:
-            over.set()
-            thread.join()
-            self._poll()
 
     def _poll(self, *, show: bool = True) -> None:
         progress = self._folder.root / "progress"
@@ -182,8 +170,7 @@ class TrialLog:
         if event["event"] == "start":
             self._run(event["trial"], event["params"])
         elif event["event"] == "rung" and event["trial"] in self._folder.record.trial_runs:
-            row = {name: event[name] for name in ("accuracy", "joules", "hypervolume")}
-            self._tracker.log_steps(self._folder.record.trial_runs[event["trial"]], [(event["rung"], row)])
+            self._tracker.log_steps(self._folder.record.trial_runs[event["trial"]], [(event["rung"], _figures(event))])
 
     def _run(self, name: str, params: Params) -> str:
         """The trial's run."""
@@ -194,6 +181,14 @@ class TrialLog:
             self._folder.save()
         return record.trial_runs[name]
 
+    def _rungs(self, name: str) -> list[tuple[int, dict[str, float]]]:
+        """What a trial has shown before its last: MLflow, where it was away, has not heard of it."""
+        path = self._folder.root / "progress" / f"{name}.jsonl"
+        if not path.exists():
+            return []
+        events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        return [(event["rung"], _figures(event)) for event in events if event["event"] == "rung"]
+
     def complete(self, trials: Sequence[Trial]) -> None:
         """Front, figure and last figures of every trial that is not logged whole."""
         record = self._folder.record
@@ -201,7 +196,9 @@ class TrialLog:
             if trial.id in record.logged:
                 continue
             run = self._run(trial.id, trial.params)
-            self._tracker.log_steps(run, [(RUNGS, asdict(trial.measured))])
+            known = self._tracker.logged_steps(run, "hypervolume")
+            missing = [(rung, row) for rung, row in self._rungs(trial.id) if rung not in known]
+            self._tracker.log_steps(run, [*missing, (RUNGS, asdict(trial.measured))])
             self._tracker.log_text(run, json.dumps(trial.to_dict(), indent=1), "front.json")
             if len(trial.front) > 1:
                 path = plots.save_png(front_figure(trial), self._folder.root / f"front-{trial.id}.png")
@@ -212,6 +209,10 @@ class TrialLog:
             self._folder.save()
         for name in set(record.trial_runs) - {*record.logged}:
             self._tracker.end_run(record.trial_runs[name], "FAILED")
+
+
+def _figures(event: dict[str, Any]) -> dict[str, float]:
+    return {name: event[name] for name in ("accuracy", "joules", "hypervolume")}
 
 
 def _line(event: dict[str, Any]) -> str:

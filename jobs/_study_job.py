@@ -10,8 +10,9 @@ from typing import Any, Literal
 import tyro
 
 from jobs import _cli, _progress
+from jobs._results import Results
 from jobs._run import RunFolder
-from jobs._study import REPORTS, RESULTS, Record, StudyFolder, TrialLog
+from jobs._study import REPORTS, Record, StudyFolder, TrialLog
 from jobs.evaluate import evaluate
 from jobs.train import train
 from meanet import artifact, plots, study_report
@@ -25,7 +26,7 @@ from meanet.phases import phase_keys
 from meanet.proposals import Plan, SearcherName
 from meanet.replay import Outcome, replay
 from meanet.routing import Policy
-from meanet.storage import check_writable, upload, write_parquet, write_text
+from meanet.storage import check_writable, write_parquet, write_text
 from meanet.study import Trial, read_front, read_trials, trial_id, write_trial
 from meanet.study_report import Chosen, Facts
 from meanet.tracking import Tracker
@@ -51,7 +52,8 @@ class Flags:
     output: Path | None = None
     """The study's folder, which every node can write; outputs/tune-SPACE-RECIPE if not given."""
     results: str | None = None
-    """Where results go when the study is over: model, exits, reports, trials, Tune's record; s3:// or a path."""
+    """Where results go, s3:// or a path: trials and the default as they finish, from where an interrupted study goes on
+    on any machine; model, exits, reports and Tune's record when it is over."""
     base: Path | None = None
     """A run's folder (jobs.train, jobs.evaluate) whose main block and cloud network the trials share; trained first if
     not given."""
@@ -130,6 +132,8 @@ class StudyJob(ABC):
         """Run what is left, on the connected cluster; returns the report."""
         if self.flags.results:
             check_writable(self.flags.results)  # before an hour of trials
+        results = Results(self.root, self.flags.results)
+        results.fetch()
         self.folder = StudyFolder.begin(self.root, self._record())
         self._start_run()
         with self.folder.stage("base"):
@@ -137,14 +141,13 @@ class StudyJob(ABC):
         study = self.study(default[1])
         log = TrialLog(self.folder, self.tracker)
         if not self.folder.done("trials"):
-            with self.folder.stage("trials"), log.following():
+            with self.folder.stage("trials"), log.following(), results.following():
                 self._keep(study, self.run_trials(study))
         with self.folder.stage("report"):
             report = self._report(study, default, log)
-            if self.flags.results:
-                count = upload(self.root, self.flags.results, RESULTS)
-                _progress.say(f"  {count} files copied to {self.flags.results}")
-            return report
+            results.copy_all()
+        results.close()
+        return report
 
     def _record(self) -> Record:
         plan = {name: getattr(self.flags, name) for name in ("trials", "searcher", "policies", "workers_per_trial")}

@@ -48,7 +48,7 @@ from meanet.study_report import write as write_report
 from meanet.thresholds import Points
 from meanet.tracking import Tracker
 from meanet.training import build_networks, resident_feed
-from meanet.trial import Rung, TrialRun, keep_base, rungs
+from meanet.trial import RUNGS, Rung, TrialRun, keep_base, rungs
 from tune_spaces.blocks import blocks
 from tune_spaces.class_split import class_split
 
@@ -368,3 +368,33 @@ def test_trials_reach_mlflow_once(tmp_path: Path, trial: tuple[Trial, list[Measu
     assert nested[0].data.params["split.num_hard_classes"] == "3"
     assert nested[0].info.status == "FINISHED"
     assert {file.path for file in tracker._client.list_artifacts(nested[0].info.run_id)} == {"front.json", "plots"}
+
+
+def test_rungs_that_mlflow_has_missed_are_logged_when_the_study_is_over(
+    tmp_path: Path, trial: tuple[Trial, list[Measured | None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = StudyFolder.begin(tmp_path, record(tmp_path))
+    tracker = Tracker(folder.record.tracking_uri)
+    folder.record.mlflow_run = tracker.start_run("study", {}, {})
+    found, figures = trial[0], {"accuracy": 0.9, "joules": 1e-6}
+    events: list[dict[str, object]] = [{"event": "start", "params": found.params}]
+    events += [{"event": "rung", "rung": rung, "hypervolume": rung / 10, **figures} for rung in (1, 2, 3)]
+    lines = [json.dumps({"trial": found.id, **event}) for event in events]
+    progress = tmp_path / "progress" / f"{found.id}.jsonl"
+    progress.parent.mkdir()
+    log = TrialLog(folder, tracker)
+    progress.write_text("\n".join(lines[:2]))
+    log._poll()
+    with monkeypatch.context() as away:
+
+        def gone(*_: object) -> None:
+            raise ConnectionError("MLflow is away")
+
+        away.setattr(tracker, "log_steps", gone)
+        progress.write_text("\n".join(lines))
+        log._poll()
+    log.complete([found])
+    run = folder.record.trial_runs[found.id]
+    history = tracker._client.get_metric_history(run, "hypervolume")
+    values = [(1, 0.1), (2, 0.2), (3, 0.3), (RUNGS, found.measured.hypervolume)]
+    assert sorted((point.step, point.value) for point in history) == values, "none twice"

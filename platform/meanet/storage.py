@@ -182,9 +182,9 @@ def upload(folder: Path, uri: str, names: Sequence[str]) -> int:
     whole = [name for name in inner if not any(part.startswith(".") for part in name.parts)]
     for name in whole:
         place = f"{root.rstrip('/')}/{name.as_posix()}"
-        if isinstance(system, fs.LocalFileSystem):
-            Path(place).parent.mkdir(parents=True, exist_ok=True)
         try:
+            if isinstance(system, fs.LocalFileSystem):
+                Path(place).parent.mkdir(parents=True, exist_ok=True)
             with (folder / name).open("rb") as file, system.open_output_stream(place) as stream:
                 stream.upload(file)
         except OSError as error:
