@@ -9,6 +9,8 @@ from pathlib import Path
 import mlflow
 import pandas
 import pytest
+from boto3.exceptions import S3UploadFailedError
+from botocore.exceptions import NoCredentialsError
 from conftest import ENVIRONMENT
 from mlflow import MlflowClient
 
@@ -176,15 +178,32 @@ def test_relative_store_is_one_file_wherever_it_is_named(tmp_path: Path, monkeyp
     assert store_uri("http://mlflow:5000") == "http://mlflow:5000"
 
 
-def test_store_that_goes_away_is_no_stack_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("uri", ["https://me:s3cret@mlflow:5000", "postgresql://me:s3cret@db/mlflow"])
+def test_password_in_the_stores_address_is_refused_and_not_repeated(uri: str) -> None:
+    with pytest.raises(UserError, match=r"password for (mlflow|db).*MLFLOW_TRACKING_PASSWORD") as refused:
+        store_uri(uri)
+    assert "s3cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        (ConnectionError("connection refused"), "connection refused"),
+        (S3UploadFailedError("no such bucket"), "no such bucket"),
+        (NoCredentialsError(), "Unable to locate credentials"),
+    ],
+)
+def test_store_that_goes_away_is_no_stack_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: Exception, said: str
+) -> None:
     tracker = Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}")
     run = tracker.start_run("r", {}, {})
 
     def gone(*_args: object, **_options: object) -> None:
-        raise ConnectionError("connection refused")
+        raise trouble
 
     monkeypatch.setattr(MlflowClient, "log_batch", gone)
-    with pytest.raises(UserError, match=r"does not answer any more \(connection refused\).*the same command again"):
+    with pytest.raises(UserError, match=rf"does not answer any more \({said}\).*the same command again"):
         tracker.log_steps(run, [(1, {"loss": 1.0})])
 
 

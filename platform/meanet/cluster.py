@@ -77,7 +77,7 @@ def ray_cluster(
             options = {"address": address}
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace="meanet", **options)
-        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        except Exception as error:  # Ray raises bare ones, too
             raise UserError(
                 f"no Ray cluster can be used at {address or 'this machine'} ({str(error).splitlines()[0]}): start one "
                 "with `ray start --head`, or unset RAY_ADDRESS to run locally"
@@ -96,8 +96,15 @@ def _remove(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _local_token() -> Iterator[None]:
-    """Token authentication with a 0600 file of our own; Ray's default writes a world-readable one."""
-    if os.environ.get("RAY_AUTH_MODE"):
+    """Token authentication with a 0600 file of our own; Ray's default writes a world-readable one.
+
+    Raises:
+        UserError: it is said to be off.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE")
+    if mode and mode != "token":
+        raise UserError(f"RAY_AUTH_MODE is {mode!r}: a Ray of ours wants a token; unset it, or set it to token")
+    if mode:
         yield
         return
     with tempfile.TemporaryDirectory(prefix="meanet-token-") as folder:

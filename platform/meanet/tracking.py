@@ -48,8 +48,17 @@ def store_uri(configured: str | None) -> str:
     """The configured tracking URI, or the embedded store: SQLite in outputs/mlflow, artifacts beside it.
 
     A SQLite file is named by its absolute path: workers and replicas run in other folders.
+
+    Raises:
+        UserError: it holds a password, and what names a store is printed and kept.
     """
     uri = configured or "sqlite:///outputs/mlflow/mlflow.db"
+    if urlsplit(uri).password:
+        raise UserError(
+            f"MLFLOW_TRACKING_URI holds a password for {urlsplit(uri).hostname}, and would be printed and kept: for a "
+            "server leave it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD; before a database "
+            "start `mlflow server` and give its address"
+        )
     if not uri.startswith(_SQLITE):
         return uri
     return f"{_SQLITE}{Path(uri.removeprefix(_SQLITE)).absolute()}"
@@ -68,8 +77,8 @@ class _Guarded:
         def guarded(*args: Any, **kwargs: Any) -> Any:
             try:
                 return call(*args, **kwargs)
-            except (MlflowException, SQLAlchemyError, OSError) as error:
-                if isinstance(error, MlflowException) and error.error_code in (*_MISSING, "RESOURCE_ALREADY_EXISTS"):
+            except Exception as error:
+                if not _of_store(error):
                     raise
                 raise UserError(
                     f"the MLflow store {self._uri} does not answer any more ({_first_line(error)}): bring it back and "
@@ -77,6 +86,13 @@ class _Guarded:
                 ) from error
 
         return guarded
+
+
+def _of_store(error: Exception) -> bool:
+    """Whether the store, or the bucket of its artifacts, is what failed."""
+    if isinstance(error, MlflowException):
+        return error.error_code not in (*_MISSING, "RESOURCE_ALREADY_EXISTS")
+    return isinstance(error, (SQLAlchemyError, OSError)) or type(error).__module__.startswith(("boto3.", "botocore."))
 
 
 class Tracker:
