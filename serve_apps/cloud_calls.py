@@ -76,7 +76,7 @@ class CloudCalls:
         self._ask, self._settings, self._observer = ask, settings, observer
         self._under_way = 0
         self.away = 0
-        """Samples that wait for the cloud."""
+        """Requests of one image that wait for the cloud."""
         self._waiting: set[asyncio.Task[None]] = set()
 
     def configure(self, settings: Settings) -> None:
@@ -129,7 +129,8 @@ class CloudCalls:
         limits = {int(row): self._limit(batch.tasks[row], started) for row in rows}
         TRACEPARENT.set(next((batch.tasks[row].traceparent for row in rows if batch.tasks[row].traceparent), None))
         call: asyncio.Future[CloudAnswer] | None = None
-        self.away += len(rows)
+        away = {int(row) for row in rows if batch.tasks[row].place is None}
+        self.away += len(away)
         try:
             if max(limits.values()) <= started:
                 await self._answer_alone(batch, rows, 0.0, "no time for the cloud")
@@ -144,6 +145,8 @@ class CloudCalls:
                 late = [row for row, limit in left.items() if limit <= time.monotonic()] if not call.done() else []
                 if late:
                     await self._answer_alone(batch, np.array(late), time.monotonic() - started, "cloud timed out")
+                    self.away -= len(away & {*late})
+                    away -= {*late}
                     left = {row: limit for row, limit in left.items() if row not in late}
             reading = _checked(_result(call), len(rows), len(batch.served.model.class_names))
             upload = self._uploaded(batch, sum(request.sizes), time.monotonic() - asked - _result(call).seconds)
@@ -156,7 +159,7 @@ class CloudCalls:
             await self._failed(batch, list(limits), error, started)
         finally:
             self._under_way -= 1
-            self.away -= len(rows)
+            self.away -= len(away)
             if call is not None:
                 call.cancel()
 

@@ -145,7 +145,7 @@ class EdgeService:
 
     @property
     def away(self) -> int:
-        """Images that wait for the cloud."""
+        """Requests of one image that wait for the cloud."""
         return self._cloud.away
 
     def full(self) -> tuple[str, float]:
@@ -223,6 +223,8 @@ class EdgeService:
         """On the event loop: answers go out, and what is complex goes up."""
         for result in results:
             if isinstance(result, _Failure):
+                if isinstance(result.error, OverloadedError):
+                    self._observer.refused("overloaded")
                 result.tell()
                 continue
             self._observer.passed(len(result.tasks), result.edge_ms / 1000)

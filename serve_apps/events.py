@@ -1,6 +1,7 @@
 """What happens in a replica, as JSON lines on its log: one object a line with time, level, event, replica, request_id.
 
-Ray keeps a replica's standard error in its session's logs.
+Ray keeps a replica's standard error in its session's logs, `worker-*.err`. It is written to as the process was given
+it: Serve may put a logger of its own, with a level of its own, in the place of `sys.stderr`.
 """
 
 import json
@@ -46,13 +47,13 @@ def set_up(replica: str, stream: TextIO | None = None, *, access: bool = False) 
 
     Args:
         replica: its id.
-        stream: where lines go; standard error if None.
+        stream: where lines go; the process's own standard error if None.
         access: a line for each request, too.
     """
     logger = logging.getLogger(LOGGER)
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler = logging.StreamHandler(stream or sys.__stderr__ or sys.stderr)
     handler.setFormatter(JsonLines(replica))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -3,6 +3,7 @@
 Takes what is usual and answers as FastAPI's route does, refusals too; anything unusual goes on to FastAPI.
 """
 
+import asyncio
 import json
 import math
 import re
@@ -23,6 +24,8 @@ _NUMBER = r"\d{1,9}(\.\d{1,9})?"
 _PLAIN_QUERY = re.compile(f"(edge_only=(true|false)|threshold=-?{_NUMBER}|deadline_ms={_NUMBER})(&|$)".encode())
 _QUERY_BYTES = 100
 _KEPT = 256
+BODY_S = 60.0
+"""How long a body may take, as any request may that Serve handles."""
 _WISHES = "meanet.wishes"
 """In the scope of a request that is answered here."""
 
@@ -86,10 +89,16 @@ class FastPath:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            body = await _body(scope, receive)
+            async with asyncio.timeout(BODY_S):
+                body = await _body(scope, receive)
             if body is None:  # the client is gone
                 return
             (answer,) = await ask(self._service(), [body], scope[_WISHES])
+        except TimeoutError:
+            await JSONResponse({"detail": f"the body did not come within {BODY_S:g} s: send it faster"}, 408)(
+                scope, receive, send
+            )
+            return
         except HTTPException as error:
             refusal = JSONResponse({"detail": error.detail}, error.status_code, error.headers)
             await refusal(scope, receive, send)

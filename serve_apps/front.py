@@ -65,7 +65,7 @@ def _replica_of(app: Any) -> Any:
 def _protocol_of(replica: Any) -> Callable[[], asyncio.BaseProtocol] | None:
     """What makes a protocol for a connection, as uvicorn's server does it (`Server.startup`)."""
     server = getattr(replica, "_direct_ingress_http_server", None)
-    if not isinstance(server, uvicorn.Server) or not server.started or server.should_exit:
+    if not isinstance(server, uvicorn.Server) or not server.started or server.should_exit or server.config.is_ssl:
         return None
     made: Any = server.config.http_protocol_class
     return functools.partial(
@@ -79,8 +79,9 @@ def _watched(app: ASGIApp) -> Watched:
 
 
 def _counts_of(replica: Any) -> Any:
-    """Where it counts the requests in hand; None = not as in Ray 2.60."""
-    counts = getattr(replica, "_metrics_manager", None)
+    """Where it counts the requests in hand; None = not as in Ray 2.60, or the service has an event loop of its own."""
+    apart = getattr(getattr(replica, "_user_callable_wrapper", None), "_run_user_code_in_separate_thread", True)
+    counts = None if apart else getattr(replica, "_metrics_manager", None)
     return (
         counts if hasattr(counts, "inc_num_ongoing_requests") and hasattr(counts, "dec_num_ongoing_requests") else None
     )

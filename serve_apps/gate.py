@@ -2,12 +2,14 @@
 
 Cheap looks: how long what is in hand will take at the rate at which answers have gone out of late; how long what waits
 for the blocks will; how far the event loop is behind; and how many connections wait to be accepted, for where all of a
-core goes into answers they are what grows, and no deadline knows of them. Bodies in hand are counted in bytes. The gate
-stands before Serve's own handling of a request (`serve_apps.front`), which costs ten times what a refusal does.
+core goes into answers they are what grows, and no deadline knows of them. A request is in hand once its body is there:
+clients that announce much and send little take no place. Bodies are counted in bytes, as they come. The gate stands
+before Serve's own handling of a request (`serve_apps.front`), which costs ten times what a refusal does.
 """
 
 import asyncio
 import json
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -17,7 +19,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_apps.backlog import Backlog
 from serve_apps.edge import EdgeService
+from serve_apps.events import REQUEST_ID, Events
 from serve_apps.http import MAX_BATCH_BYTES
+from serve_apps.watched import HEADER, request_id_of
 
 MAX_LAG_S = 0.15
 """How far the loop may be behind; a request of a second's deadline then still has most of it."""
@@ -30,7 +34,9 @@ MAX_BACKLOG = 128
 ALWAYS = 16
 """Requests that are in hand however far it is: a machine that stalls for a moment is not overloaded."""
 MAX_BYTES = 256 * 2**20
-"""Of bodies in hand."""
+"""Of bodies that are there or coming."""
+_SMALL = 2**20
+"""A body that is read to its end however full it is."""
 _BEAT_S = 0.02
 _MOST_TAKEN = 64
 """Connections in a beat."""
@@ -66,7 +72,8 @@ class Gate:
                 taken in as they come.
         """
         self._app, self._service, self._clock, self._protocol = app, service, clock, protocol
-        self._requests = self._bytes = 0
+        self._open = self._requests = self._bytes = 0
+        self._events = Events()
         self._pace, self._arrivals = _Rate(_GUESSED_ANSWERS), _Rate(_GUESSED_ARRIVALS)
         self._backlog: Backlog | None = None
         self._coming = set[asyncio.Task[object]]()
@@ -84,29 +91,35 @@ class Gate:
         if scope["type"] != "http" or scope["method"] != "POST" or _PASSED in scope:
             await self._app(scope, receive, send)
             return
-        held = _Held(self, receive, _announced(scope))
+        announced = _announced(scope)
         service = self._service()
         self._arrivals.answered += 1
         if self._backlog is None:
             self._backlog = Backlog((scope.get("server") or (None, None))[1])
-        why, seconds = self._full(service, held.size)
+        why, seconds = self._full(service, announced or 0)
         if why:
-            service.refused("overloaded")
-            await _refuse(send, why, seconds)
+            await self._refuse(scope, send, why, seconds)
             return
         scope[_PASSED] = True
-        self._begin(held.size)
+        held = _Held(self, receive, send, stops=announced is None or announced > _SMALL)
+        self._begin()
         try:
-            await self._app(scope, held.receive, send)
+            await self._app(scope, held.receive, held.send if held.stops else send)
+        except Exception:
+            if not held.stopped:
+                raise
         finally:
-            self._requests -= 1
+            self._open -= 1
+            self._requests -= held.whole
             self._bytes -= held.size
             self._pace.answered += 1
+        if held.stopped:
+            await self._refuse(scope, send, *self._too_many_bytes(0))
 
     def _full(self, service: EdgeService, size: int) -> tuple[str, float]:
         """Why not, and after how long there may be room; "" = there is."""
         if self._bytes + size > MAX_BYTES:
-            return f"bodies of {self._bytes} bytes are in hand and the limit is {MAX_BYTES}", _BEAT_S
+            return self._too_many_bytes(size)
         if self._requests < ALWAYS:
             return "", 0.0
         lag = self.lag_s
@@ -120,15 +133,35 @@ class Gate:
             return f"{waiting} connections wait to be accepted", self._arrivals.seconds(waiting)
         return service.full()
 
+    def _too_many_bytes(self, size: int) -> tuple[str, float]:
+        more = f", {size} more come" if size else ""
+        return f"bodies of {self._bytes} bytes are in hand{more} and the limit is {MAX_BYTES}", _BEAT_S
+
+    async def _refuse(self, scope: Scope, send: Send, why: str, seconds: float) -> None:
+        """With an id and a line as any other request has."""
+        self._service().refused("overloaded")
+        request_id, _ = request_id_of(scope["headers"])
+        REQUEST_ID.set(request_id)
+        told = {"method": scope["method"], "path": scope["path"], "status": 503, "why": why}
+        self._events.limited(logging.WARNING, "refused", **told)
+        if self._events.of_access:
+            self._events.write(logging.INFO, "access", **told)
+        await _answer_503(send, why, seconds, request_id)
+
     def _here(self, service: EdgeService) -> int:
         """Requests in hand that do not wait for the cloud."""
         return self._requests - min(self._requests, service.away)
 
-    def _begin(self, size: int) -> None:
-        self._requests += 1
-        self._bytes += size
+    def _begin(self) -> None:
+        self._open += 1
         if self._due is None:
             self._beat()
+
+    def came(self, size: int, *, whole: bool) -> bool:
+        """A piece of a body; returns whether there is room for more."""
+        self._bytes += size
+        self._requests += whole
+        return self._bytes <= MAX_BYTES
 
     def _beat(self) -> None:
         now = self._clock()
@@ -137,23 +170,24 @@ class Gate:
             self._pace.passed(now - self._beaten, busy=busy)
             self._arrivals.passed(now - self._beaten, busy=busy)
         self._beaten = now
-        if not self._requests:
+        if not self._open:
             self._due = None
             return
-        self._take_in()
         self._due = now + _BEAT_S
         asyncio.get_running_loop().call_later(_BEAT_S, self._beat)
+        self._take_in()
 
     def _take_in(self) -> None:
         """What waits to be accepted: the event loop takes one a turn, and a turn may be long."""
         if self._backlog is not None and len(self._backlog) > 1 and (protocol := self._protocol()) is not None:
             self._coming.update(taken := self._backlog.accept(_MOST_TAKEN, protocol))
             for task in taken:
-                task.add_done_callback(self._coming.discard)
+                task.add_done_callback(self._came_in)
 
-    def more(self, size: int) -> None:
-        """Bytes have come that were not announced."""
-        self._bytes += size
+    def _came_in(self, task: "asyncio.Task[object]") -> None:
+        self._coming.discard(task)
+        if not task.cancelled():
+            task.exception()  # a connection that was lost meanwhile is nobody's trouble
 
 
 @dataclass
@@ -181,19 +215,31 @@ class _Rate:
 
 
 class _Held:
-    """The body of a request in hand: as announced, or as it comes."""
+    """A request that was let through, and its body as it comes."""
 
-    def __init__(self, gate: Gate, receive: Receive, announced: int | None) -> None:
-        self._gate, self._receive = gate, receive
-        self.size = announced or 0
-        self.receive: Receive = receive if announced is not None else self._counting
+    def __init__(self, gate: Gate, receive: Receive, send: Send, *, stops: bool) -> None:
+        self._gate, self._receive, self._send, self.stops = gate, receive, send, stops
+        self.size, self.whole, self.stopped = 0, False, False
 
-    async def _counting(self) -> Message:
+    async def receive(self) -> Message:
+        """A piece of the body; the client is gone, for the application, where there is no room for more."""
+        if self.stopped:
+            return {"type": "http.disconnect"}
         message = await self._receive()
-        size = len(message.get("body", b""))
-        self.size += size
-        self._gate.more(size)
+        if message["type"] == "http.request" and not self.whole:
+            size = len(message.get("body", b""))
+            self.size += size
+            self.whole = not message.get("more_body", False)
+            room = self._gate.came(size, whole=self.whole)
+            if self.stops and not room and not self.whole:
+                self.stopped = True
+                return {"type": "http.disconnect"}
         return message
+
+    async def send(self, message: Message) -> None:
+        """What the application says, unless it was stopped."""
+        if not self.stopped:
+            await self._send(message)
 
 
 def _announced(scope: Scope) -> int | None:
@@ -204,12 +250,13 @@ def _announced(scope: Scope) -> int | None:
     return None
 
 
-async def _refuse(send: Send, why: str, seconds: float) -> None:
+async def _answer_503(send: Send, why: str, seconds: float, request_id: str) -> None:
     body = json.dumps({"detail": f"overloaded: {why}; try again later"}).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", b"%d" % len(body)),
         (b"retry-after", b"%d" % max(1, math.ceil(seconds))),
+        (HEADER, request_id.encode()),
     ]
     await send({"type": "http.response.start", "status": 503, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -18,11 +18,11 @@ from meanet.routing import Bools, Floats, Ints, Policy, complexity
 from serve_apps.audit import Audit
 from serve_apps.budget import BudgetKeeper
 from serve_apps.edge import EdgeService
+from serve_apps.events import Events
 from serve_apps.micro_batch import Pass
 from serve_apps.served import Served
 from serve_apps.settings import Settings
 
-LOG = logging.getLogger("ray.serve.meanet")
 _LOOKED_AT = 2000
 _LOG_EVERY_S = 5.0
 _AUDITS_AT_A_TIME = 2
@@ -44,9 +44,9 @@ class Keeping:
     """Of one service."""
 
     def __init__(self, service: EdgeService, clock: Callable[[], float] = time.monotonic) -> None:
-        self._service, self._clock = service, clock
+        self._service, self._clock, self._events = service, clock, Events()
         self._base = service.served
-        self._budget = _BudgetState(None, None, clock)
+        self._budget = _BudgetState(None, None, clock, self._events)
         self._audit = Audit(service.settings.audit, _expected(service.served))
         self._audits: set[asyncio.Task[None]] = set()
         self._drifted: bool | None = False
@@ -59,13 +59,13 @@ class Keeping:
         why = None if settings.budget is None else why_no_budget(served.policy)
         same = (before.version, before.policy) == (served.version, served.policy)
         if settings.budget is None or why is not None:
-            self._budget = _BudgetState(None, why, self._clock)
+            self._budget = _BudgetState(None, why, self._clock, self._events)
             if why is not None:
-                LOG.warning("the budget is not held: %s", why)
+                self._events.write(logging.WARNING, "budget not held", why=why)
         elif not same or self._budget.keeper is None or self._budget.keeper.budget != settings.budget:
             owed = self._budget.keeper.excess if self._budget.keeper else 0.0
             keeper = BudgetKeeper(settings.budget, _finite(served.policy.threshold), owed)
-            self._budget = _BudgetState(keeper, None, self._clock)
+            self._budget = _BudgetState(keeper, None, self._clock, self._events)
         if self._audit.config != settings.audit or before.version != served.version:
             self._audit = Audit(settings.audit, _expected(served))
         self._base = served
@@ -134,22 +134,20 @@ class Keeping:
             audit.record(disagreed=one)
         if audit.drifted != self._drifted:
             self._drifted = audit.drifted
+            counts = {"disagreed": audit.disagreed, "count": audit.count, "expected": audit.expected}
             if audit.drifted:
-                LOG.warning(
-                    "drift: the cloud disagrees with %d of %d answers that the edge was sure of, %.3f are expected",
-                    audit.disagreed,
-                    audit.count,
-                    audit.expected,
-                )
+                self._events.write(logging.WARNING, "drift", **counts)
             else:
-                LOG.info("no drift any more")
+                self._events.write(logging.INFO, "no drift any more", **counts)
 
 
 class _BudgetState:
     """A keeper, and what is told of it."""
 
-    def __init__(self, keeper: BudgetKeeper | None, why: str | None, clock: Callable[[], float]) -> None:
-        self.keeper, self._why, self._clock = keeper, why, clock
+    def __init__(
+        self, keeper: BudgetKeeper | None, why: str | None, clock: Callable[[], float], events: Events
+    ) -> None:
+        self.keeper, self._why, self._clock, self._events = keeper, why, clock, events
         self._went: deque[bool] = deque(maxlen=_LOOKED_AT)
         self._moves = 0
         self._logged_at, self._logged = -_LOG_EVERY_S, keeper.threshold if keeper else 0.0
@@ -175,14 +173,15 @@ class _BudgetState:
         now = self._clock()
         if now - self._logged_at < _LOG_EVERY_S:
             return
-        LOG.info(
-            "budget: threshold %.6g -> %.6g (%d moves so far), cloud share %.3f of the last %d requests%s",
-            self._logged,
-            keeper.threshold,
-            self._moves,
-            float(np.mean(self._went)),
-            len(self._went),
-            ", at a bound" if keeper.bounded else "",
+        self._events.write(
+            logging.INFO,
+            "budget",
+            threshold_before=_or_none(self._logged),
+            threshold=_or_none(keeper.threshold),
+            moves=self._moves,
+            cloud_share=round(float(np.mean(self._went)), 4),
+            requests=len(self._went),
+            at_a_bound=keeper.bounded,
         )
         self._logged_at, self._logged = now, keeper.threshold
 
@@ -193,12 +192,17 @@ class _BudgetState:
         threshold = self.keeper.threshold
         return {
             "held": not self.keeper.bounded,
-            "threshold": None if np.isinf(threshold) else threshold,
+            "threshold": _or_none(threshold),
             "at_a_bound": self.keeper.bounded,
             "cloud_share": float(np.mean(self._went)) if self._went else None,
             "requests": len(self._went),
             "moves": self._moves,
         }
+
+
+def _or_none(threshold: float) -> float | None:
+    """JSON has no infinity."""
+    return None if np.isinf(threshold) else float(threshold)
 
 
 def _finite(threshold: float | None) -> float:

@@ -241,6 +241,9 @@ def respond(request: Request, answers: Sequence[Answer], name: str, version: int
             described["data"] = [None if isinstance(value, float) and math.isnan(value) else value for value in values]
         outputs.append(described)
     plain: dict[str, Any] = {"model_name": name, "model_version": str(version), "outputs": outputs}
+    if answers:  # all under the version and policy that the request was admitted under
+        plain["model_version"] = str(answers[0].model_version)
+        plain["parameters"] = {"policy": answers[0].policy.id, "edge_only": answers[0].policy.edge_only}
     if request.id is not None:
         plain["id"] = request.id
     header = json.dumps(plain).encode()

@@ -1,6 +1,7 @@
 """The edge's service without HTTP and Ray, against clouds that are well, slow, gone or lying."""
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -68,6 +69,28 @@ def test_joules_are_those_of_the_blocks_that_ran(model: TrainedModel, bodies: li
         )
         sent = costs.link.joules_per_byte * len(body) if answer.exit == "cloud" else 0.0
         assert answer.joules.upload == pytest.approx(sent)
+
+
+@pytest.mark.parametrize("quality", [20, 80])
+def test_a_payload_of_jpeg_goes_up_recompressed_and_is_priced(
+    model: TrainedModel, bodies: list[bytes], quality: int
+) -> None:
+    ask, asked = honest(model), list[CloudRequest]()
+
+    async def noted(request: CloudRequest) -> CloudAnswer:
+        asked.append(request)
+        return await ask(request)
+
+    energy = dataclasses.asdict(dataclasses.replace(model.energy, payload=f"jpeg{quality}"))
+    recompressing = model.with_operating_point({**(model.operating_point or {}), "energy": energy})
+    got = answers(recompressing, noted, bodies[:20], model.policy.with_request(threshold=ALL_TO_CLOUD))
+    sizes = [size for request in asked for size in request.sizes]
+    sent = [body for request in asked for body in request.bodies or ()]
+    assert [answer.exit for answer in got] == ["cloud"] * 20
+    assert {body[:3] for body in sent} == {b"\xff\xd8\xff"}
+    assert sizes == [len(body) for body in sent]
+    prices = [recompressing.costs.link.joules_per_byte * size for size in sizes]
+    assert [answer.joules.upload for answer in got] == pytest.approx(prices)
 
 
 def test_the_way_to_the_cloud_is_measured_beside_the_models(model: TrainedModel, bodies: list[bytes]) -> None:

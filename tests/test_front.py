@@ -30,8 +30,9 @@ class Counts:
 class Replica:
     """Serve's own handling, behind its middleware for ids."""
 
-    def __init__(self, counts: Any) -> None:
+    def __init__(self, counts: Any, apart: bool = False) -> None:
         self._metrics_manager, self.handled = counts, list[str]()
+        self._user_callable_wrapper = type("Wrapper", (), {"_run_user_code_in_separate_thread": apart})
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.handled.append(scope["path"])
@@ -92,9 +93,9 @@ def test_the_fast_path_is_answered_and_counted_without_serves_handling(monkeypat
     asyncio.run(test())
 
 
-@pytest.mark.parametrize("counts", [None, object()])
-def test_where_serves_counts_cannot_be_reached_serve_handles_all(counts: Any) -> None:
-    replica = Replica(counts)
+@pytest.mark.parametrize(("counts", "apart"), [(None, False), (object(), False), (Counts(), True)])
+def test_where_serves_counts_or_its_loop_cannot_be_reached_serve_handles_all(counts: Any, apart: bool) -> None:
+    replica = Replica(counts, apart)
     asyncio.run(ask(front.Direct(Ids(replica.handle))))
     asyncio.run(ask(front.Direct(replica.handle)))
     assert replica.handled == ["/v1/classify"] * 2

@@ -58,7 +58,7 @@ async def ask(
 
 
 def scope_of(headers: list[tuple[bytes, bytes]], method: str = "POST", port: int | None = None) -> Scope:
-    return {"type": "http", "method": method, "headers": headers, "server": ("127.0.0.1", port)}
+    return {"type": "http", "method": method, "path": "/", "headers": headers, "server": ("127.0.0.1", port)}
 
 
 def gate_of(app: App, edge: Edge, now: list[float] | None = None) -> Gate:
@@ -119,21 +119,80 @@ def test_questions_without_a_body_are_never_refused() -> None:
     run(test)
 
 
-def test_bodies_in_hand_are_bounded_announced_or_not() -> None:
+def test_bodies_in_hand_are_bounded_as_they_come() -> None:
     async def test(app: App, through: Gate, now: list[float]) -> None:
-        tasks = await in_hand(app, through, 3, announced=MAX_BYTES // 4)
-        tasks += [asyncio.ensure_future(ask(through, body=b"x" * (MAX_BYTES // 4 - 5), announced=None))]
+        quarter = bytes(MAX_BYTES // 4)
+        tasks = await in_hand(app, through, 3, body=quarter, announced=len(quarter))
+        tasks += [asyncio.ensure_future(ask(through, body=quarter[:-5], announced=None))]
         while len(app.read) < 4:
             await asyncio.sleep(0)
-        assert (await ask(through, announced=6))[0] == 503
+        status, headers = await ask(through, announced=6)
+        assert (status, len(headers[b"x-request-id"])) == (503, 32)
         app.may_answer.set()
         assert (await ask(through, announced=5))[0] == 200
         assert (await ask(through, announced=2**40))[0] == 200, "which the application refuses unread, as too long"
         await asyncio.gather(*tasks)
         assert (await ask(through, announced=MAX_BYTES // 4))[0] == 200, "what is answered is no longer in hand"
-        assert through._bytes == through._requests == 0
+        assert through._bytes == through._requests == through._open == 0
 
     run(test)
+
+
+def test_clients_that_announce_much_and_send_nothing_keep_nobody_out() -> None:
+    async def test(app: App, through: Gate, now: list[float]) -> None:
+        stalled, over = [], asyncio.Event()
+
+        async def nothing() -> Message:
+            await over.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(_: Message) -> None:
+            pass
+
+        async def reading(scope: Scope, receive: Receive, send: Send) -> None:
+            await receive()
+
+        inner, through._app = through._app, reading
+        for _ in range(200):
+            scope = scope_of([(b"content-length", b"%d" % (MAX_BYTES // 4))])
+            stalled.append(asyncio.ensure_future(through(scope, nothing, send)))
+        await asyncio.sleep(0)
+        through._app = inner
+        app.may_answer.set()
+        assert (await ask(through))[0] == 200
+        assert (through._open, through._requests) == (200, 0)
+        over.set()
+        await asyncio.gather(*stalled)
+        assert through._open == 0
+
+    run(test)
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_long_body_that_finds_no_room_any_more_is_refused_while_it_comes(raises: bool) -> None:
+    async def test() -> None:
+        edge, sent, piece = Edge(), list[Message](), bytes(2**20)
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            while (message := await receive())["type"] == "http.request":
+                assert message["more_body"]
+            await send({"type": "http.response.start", "status": 500, "headers": []})
+            if raises:
+                raise ConnectionError("the client is gone")
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": piece, "more_body": True}
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        service: Any = edge
+        through = Gate(app, lambda: service)
+        await through(scope_of([(b"transfer-encoding", b"chunked")]), receive, send)
+        assert [message.get("status") for message in sent] == [503, None]
+        assert (edge.refusals, through._bytes, through._open) == (["overloaded"], 0, 0)
+
+    asyncio.run(test())
 
 
 def test_nothing_ticks_while_nothing_is_in_hand() -> None:
@@ -153,10 +212,8 @@ def test_what_the_blocks_cannot_do_in_time_is_not_read() -> None:
         through = gate_of(app, edge)
         tasks = await in_hand(app, through, ALWAYS)
         edge.answer = ("512 images wait", 2.3)
-        assert await ask(through) == (
-            503,
-            {b"content-type": b"application/json", b"content-length": b"58", b"retry-after": b"3"},
-        )
+        status, headers = await ask(through)
+        assert (status, headers[b"retry-after"], headers[b"content-length"]) == (503, b"3", b"58")
         assert (len(app.read), edge.refusals) == (ALWAYS, ["overloaded"])
         edge.answer = ("", 0.0)
         app.may_answer.set()

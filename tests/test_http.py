@@ -223,7 +223,14 @@ def test_invocations_answer_as_v1(
     got = client.post("/invocations", json={"dataframe_split": {"columns": ["image"], "data": [[one] for one in text]}})
     rows = got.json()["predictions"]
     assert [(row["class_id"], row["exit"]) for row in rows] == expected(model, splits, 20)
-    assert set(rows[0]) == {"class_id", "class_name", "exit", "confidence", "entropy"}
+    columns = {"class_id", "class_name", "exit", "confidence", "entropy"}
+    assert set(rows[0]) == columns | {"degraded", "reason", "model_version", "policy"}
+    stays = client.post("/invocations", json={"inputs": text, "params": {"edge_only": True}}).json()["predictions"]
+    assert not any(row["exit"] == "cloud" for row in stays)
+    by_v1 = client.post("/v1/classify?edge_only=true", content=bodies[0], headers=PNG).json()
+    assert (stays[0]["policy"], stays[0]["model_version"]) == (by_v1["policy"]["id"], by_v1["model_version"])
+    refused = client.post("/invocations", json={"inputs": text, "params": {"threshold": 1e9}})
+    assert (refused.status_code, "threshold" in refused.json()["detail"]) == (422, True)
 
 
 def test_deadline_is_kept_and_checked(client: httpx.Client, bodies: list[bytes]) -> None:

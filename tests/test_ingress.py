@@ -1,6 +1,7 @@
 """The ingress of a server of one's own: what is set before Ray starts, and that HAProxy is what listens."""
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -73,13 +74,25 @@ def test_protocols_name_the_registered_model() -> None:
     assert http.MODEL == REGISTERED
 
 
+def lines_of_edge(uri: str, event: str) -> set[tuple[str, int]]:
+    """(request id, status) of an event's JSON lines on the standard error of the edge replica of that store."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            of_edge = process.joinpath("cmdline").read_bytes().startswith(b"ray::ServeReplica:meanet:edge")
+            if of_edge and f"MLFLOW_TRACKING_URI={uri}".encode() in process.joinpath("environ").read_bytes():
+                text = Path(os.readlink(process / "fd" / "2")).read_text()
+                found = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+                return {(line["request_id"], line["status"]) for line in found if line["event"] == event}
+    raise AssertionError("there is no edge replica")
+
+
 @pytest.mark.cluster
 def test_haproxy_listens_and_the_fast_path_answers(model: TrainedModel, splits: Splits, tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     tracker = Tracker(uri)
     tracker.promote(tracker.register(model, tracker.start_run("r", {}, {})))
     body = encode_png(splits.table.images[splits.test[0]])
-    with serving(tmp_path, uri) as url, httpx.Client(base_url=url, timeout=30) as client:
+    with serving(tmp_path, uri, "--access-log") as url, httpx.Client(base_url=url, timeout=30) as client:
         commands = []
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):  # it has ended
@@ -87,6 +100,9 @@ def test_haproxy_listens_and_the_fast_path_answers(model: TrainedModel, splits: 
         assert any(b"haproxy" in command.split(b"\0")[0] and b"meanet-ha-" in command for command in commands)
         fast, slow = (client.post(f"/v1/classify?edge_only={word}", content=body) for word in ("true", "1"))
         assert fast.status_code == slow.status_code == 200
+        ids = [answer.headers["x-request-id"] for answer in (fast, slow)]
+        assert ["-" in one for one in ids] == [False, True], "the first was answered before Serve's own handling"
+        assert lines_of_edge(uri, "access") == {(one, 200) for one in ids}
         one, two = fast.json(), slow.json()
         assert one.pop("ms").keys() == two.pop("ms").keys()
         assert one == two

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from fastapi import HTTPException
 
+from serve_apps.http import Wishes
 from serve_apps.invocations import read
 
 FILES = [b"\x89PNG", b"two"]
@@ -26,7 +27,13 @@ TEXT = [base64.b64encode(one).decode() for one in FILES]
     ],
 )
 def test_every_form_holds_the_same_images(plain: dict[str, Any]) -> None:
-    assert read(json.dumps(plain).encode(), "application/json; charset=utf-8", 8) == FILES
+    assert read(json.dumps(plain).encode(), "application/json; charset=utf-8", 8) == (FILES, Wishes())
+
+
+def test_params_are_the_wishes_of_a_request() -> None:
+    params = {"edge_only": True, "threshold": 0.5, "deadline_ms": 100}
+    plain = {"inputs": TEXT, "params": params}
+    assert read(json.dumps(plain).encode(), "application/json", 8) == (FILES, Wishes(**params))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -45,6 +52,8 @@ def test_every_form_holds_the_same_images(plain: dict[str, Any]) -> None:
         ({"dataframe_split": {"columns": ["image"], "data": {"a": 1}}}, "", 400, "one or more images"),
         ({"dataframe_records": [{"x": 1}]}, "", 400, "one or more images"),
         ({"inputs": ["no base64!"]}, "", 400, "no base64"),
+        ({"inputs": TEXT, "params": {"deadline_ms": -1}}, "", 400, "deadline_ms"),
+        ({"inputs": TEXT, "params": "fast"}, "", 400, "params"),
         ({"inputs": TEXT * 5}, "", 413, "10 images and the limit is 8"),
     ],
 )

@@ -2,6 +2,8 @@
 
 import asyncio
 import dataclasses
+import io
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ from meanet.artifact import TrainedModel
 from meanet.data import Splits
 from meanet.routing import complexity
 from meanet.runtime import CloudRuntime, EdgeRuntime, Images
+from serve_apps import events
 from serve_apps.audit import AuditConfig
 from serve_apps.budget import Budget
 from serve_apps.cloud_calls import AskCloud, CloudAnswer, CloudRequest
@@ -105,6 +108,27 @@ def test_budget_holds_the_share_from_easy_to_hard(model: TrainedModel, by_comple
     assert report["requests"] == 2000
     assert abs(report["cloud_share"] - 0.15) <= 0.02
     assert report["moves"] > 20
+
+
+def test_moves_of_the_budget_and_a_drift_are_lines_of_the_log(model: TrainedModel, by_complexity: Images) -> None:
+    written = io.StringIO()
+    events.set_up("edge-1", written)
+
+    async def run() -> None:
+        settings = dataclasses.replace(PATIENT, budget=Budget(cloud_share=0.15), audit=AuditConfig(share=0.5))
+        service, _ = keep(model, contrary(model), settings)
+        await ask_all(service, drifting(by_complexity, 1000, 3), 16)
+
+    try:
+        asyncio.run(run())
+    finally:
+        events.set_up("after")
+    lines = [json.loads(line) for line in written.getvalue().splitlines()]
+    budget = next(line for line in lines if line["event"] == "budget")
+    assert budget["threshold"] != budget["threshold_before"]
+    assert (budget["moves"] >= 1, budget["at_a_bound"], budget["level"]) == (True, False, "info")
+    drift = next(line for line in lines if line["event"] == "drift")
+    assert drift["disagreed"] / drift["count"] > drift["expected"]
 
 
 def test_budget_counts_what_was_wanted_where_the_cloud_is_lost(model: TrainedModel, by_complexity: Images) -> None:
