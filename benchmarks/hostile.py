@@ -20,6 +20,7 @@ import tyro
 
 from benchmarks import load, strangers
 from benchmarks.memory import resident_of, tree
+from jobs import _cli
 
 _GROWTH = 64 * 2**20
 """Bytes that a replica may hold above what it held once a tenth of the requests were over: allocators keep some."""
@@ -151,7 +152,7 @@ def page(flags: Flags, outcome: Outcome, seconds: float) -> str:
         "# A bombardment of hostile requests",
         "",
         f"`python -m benchmarks.hostile --url URL --ready-file FILE --requests {flags.requests} --seed {flags.seed}`, "
-        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({platform.machine()}), "
+        f"at commit {_cli.commit()}, {time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({platform.machine()}), "
         f"Python {platform.python_version()}, Ray {version('ray')}, Pillow {version('pillow')}.",
         "",
         f"{sent} requests in {seconds:.0f} s over {_CONNECTIONS} connections, client and server on the same cores: "

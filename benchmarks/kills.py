@@ -29,7 +29,7 @@ import tyro
 
 from benchmarks.checkpoint_bucket import BUCKET, Bucket
 from benchmarks.slow_proxy import SlowProxy
-from jobs import _processes
+from jobs import _cli, _processes
 from jobs._s3_server import S3Server
 
 PREFIX = "kills"
@@ -117,6 +117,7 @@ class Session:
     seed: int
     date: str
     upload_mb_s: float
+    commit: str = "unknown"
     kills: list[Kill] = field(default_factory=list)
     epochs: int = 0
     """Of the finished run, all phases; each once and in order, else 0."""
@@ -238,7 +239,7 @@ def session(
         upload_mb_s: MB/s that may go up.
         note: called after each resume, with what there is by then.
     """
-    done = Session(seed, time.strftime("%Y-%m-%d"), upload_mb_s)
+    done = Session(seed, time.strftime("%Y-%m-%d"), upload_mb_s, _cli.commit())
     with tempfile.TemporaryDirectory(dir=_made(folder)) as inner, servers(Path(inner)) as (server, proxy):
         place, bucket = Path(inner), Bucket(server, PREFIX)
         environment, epochs = environment_of(server, proxy, place), 3 * len(moments)
@@ -296,8 +297,8 @@ def _finished(bucket: Bucket, training: Training, cloud_epochs: int) -> int:
 
 _PAGE = """# SIGKILL while a training uploads
 
-`python -m benchmarks.kills`, {dates}, {cores} cores ({machine}), Python {python}, Ray {ray}, pyarrow {pyarrow};
-SeaweedFS as the S3 server.
+`python -m benchmarks.kills --window-s {window:g}`, at commit {commits}, {dates}, {cores} cores ({machine}),
+Python {python}, Ray {ray}, pyarrow {pyarrow}; SeaweedFS as the S3 server.
 
 `jobs.train digits --model.cloud.2.width {width}`, one step an epoch, a checkpoint of {least:.0f} MB or more after each,
 to s3:// by way of a proxy that lets {rate} MB/s through. Driver, Ray's own processes and worker are killed together, at
@@ -330,6 +331,7 @@ def page(sessions: Sequence[Session], window_s: float) -> str:
         for one in sessions
     ]
     return _PAGE.format(
+        commits=", ".join(dict.fromkeys(one.commit for one in sessions)),
         dates=", ".join(dict.fromkeys(one.date for one in sessions)),
         cores=os.cpu_count(),
         machine=platform.machine(),

@@ -31,7 +31,7 @@ from PIL import Image
 
 from benchmarks import link_net
 from benchmarks.link_net import Link
-from jobs import _processes
+from jobs import _cli, _processes
 from jobs._ray_nodes import serve_variables
 
 LINKS = {"wifi": 18.88, "lte": 5.85, "3g": 1.1}
@@ -301,8 +301,8 @@ def measure(served: Served, profile: str, repeats: int, files: Sequence[bytes]) 
 
 _PAGE = """# Upload seconds of a deployed edge, against the model's
 
-`python -m benchmarks.link --repeats {repeats}`, {date}, {cores} cores ({machine}) for all nodes, Linux {kernel},
-Python {python}, Ray {ray}.
+`python -m benchmarks.link --repeats {repeats}`, at commit {commit}, {date}, {cores} cores ({machine}) for all nodes,
+Linux {kernel}, Python {python}, Ray {ray}.
 
 A Ray cluster of a head, a node with the resource `edge` and one with `cloud`, the latter two in network namespaces on
 one bridge. All that leaves the edge's namespace, Ray's own traffic included, goes through a token bucket (`tc tbf`,
@@ -349,6 +349,7 @@ def page(found: Sequence[Measured], repeats: int) -> str:
             )
     return _PAGE.format(
         repeats=repeats,
+        commit=_cli.commit(),
         date=time.strftime("%Y-%m-%d"),
         cores=os.cpu_count(),
         machine=platform.machine(),

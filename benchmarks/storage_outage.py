@@ -23,7 +23,7 @@ from pathlib import Path
 import tyro
 
 from benchmarks.checkpoint_bucket import BUCKET, Bucket
-from jobs import _processes
+from jobs import _cli, _processes
 from jobs._mlflow_server import MlflowServer
 from jobs._processes import Part
 from jobs._s3_server import S3Server
@@ -204,8 +204,8 @@ def _logged(uri: str, run: str) -> tuple[dict[str, list[int]], dict[str, str], i
 
 _PAGE = """# S3 and MLflow away in the middle of a training
 
-`python -m benchmarks.storage_outage --s3-s {s3:g} --mlflow-s {mlflow:g}`, {date}, {cores} cores ({machine}), Python
-{python}, Ray {ray}, MLflow {mlflow_version}; SeaweedFS as the S3 server.
+`python -m benchmarks.storage_outage --s3-s {s3:g} --mlflow-s {mlflow:g}`, at commit {commit}, {date}, {cores} cores
+({machine}), Python {python}, Ray {ray}, MLflow {mlflow_version}; SeaweedFS as the S3 server.
 
 `jobs.train digits`, three phases of {epochs} epochs, a checkpoint after each to s3://, metrics to an MLflow server
 whose artifacts lie in the same S3 server. After the third epoch both are killed (SIGKILL), and started again {s3:g} s
@@ -230,6 +230,7 @@ def page(flags: Flags, outcome: Outcome) -> str:
     return _PAGE.format(
         s3=flags.s3_s,
         mlflow=flags.mlflow_s,
+        commit=_cli.commit(),
         date=time.strftime("%Y-%m-%d"),
         cores=os.cpu_count(),
         machine=platform.machine(),

@@ -22,7 +22,7 @@ def test_resumes_after_kills_inside_uploads(tmp_path: Path) -> None:
 def test_the_page_says_which_resume_was_wrong() -> None:
     right = Kill(1.0, 9, Left(["id"], []), "checkpoint_2", 4, 59.0, 3, resumed_epochs=4, leftovers=0)
     wrong = Kill(2.0, 9, Left([], []), "checkpoint_3", 5, 59.0, 5, resumed_epochs=4, leftovers=0)
-    text = kills.page([Session(0, "2026-01-01", 10, [right, wrong], 8)], 15)
+    text = kills.page([Session(0, "2026-01-01", 10, "c0ffee", [right, wrong], 8)], 15)
     assert "2 kills, 1 of them inside an upload: 1 of 2 resumes took" in text
     assert "| 1 | 1.00 | 9 | yes | 4 | 59.0 | 3 | 4 | 0 |" in text
     assert "| 2 | 2.00 | 9 | no | 5 | 59.0 | 5 | **4** | 0 |" in text
