@@ -1,0 +1,63 @@
+"""A key that may read and not write: the preflight says so before anything is trained."""
+
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+
+import boto3
+import pytest
+
+from jobs._processes import free_ports
+from jobs._s3_server import S3Server as Weed
+from meanet import s3
+from meanet.errors import UserError
+
+_READER = ("reader", "secret-of-the-reader")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weed]:
+    """With an owner, and a reader who may read and list."""
+    folder = tmp_path_factory.mktemp("s3")
+    port, *others = free_ports(4)
+    weed = Weed(folder / "data", port, (others[0], others[1], others[2]), "owner", "secret-of-the-owner")
+    allowed = {weed.key: (weed.secret, ["Admin", "Read", "Write", "List"]), _READER[0]: (_READER[1], ["Read", "List"])}
+    identities = [
+        {"name": key, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
+        for key, (secret, actions) in allowed.items()
+    ]
+    config = folder / "identities.json"
+    config.write_text(json.dumps({"identities": identities}))
+    weed.folder.mkdir()
+    environment = {name: value for name, value in weed.own_environment.items() if not name.startswith("AWS_")}
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [*weed.command, f"-s3.config={config}"], env=environment, cwd=weed.folder, stdout=log, stderr=log
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while not weed.ready():
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.2)
+        yield weed
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def reader(server: Weed, monkeypatch: pytest.MonkeyPatch) -> Weed:
+    """This process has the reader's key."""
+    known = {"AWS_ACCESS_KEY_ID": _READER[0], "AWS_SECRET_ACCESS_KEY": _READER[1]}
+    for name, value in (server.environment | known).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+    return server
+
+
+def test_a_key_that_may_not_write_is_told_so_before_a_training(reader: Weed) -> None:
+    s3.preflight("s3://meanet/runs")
+    with pytest.raises(UserError, match="may not have the bucket 'meanet' written: ask for the permission"):
+        s3.preflight("s3://meanet/runs", write=True)
