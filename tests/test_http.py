@@ -229,8 +229,8 @@ def test_invocations_answer_as_v1(
     assert not any(row["exit"] == "cloud" for row in stays)
     by_v1 = client.post("/v1/classify?edge_only=true", content=bodies[0], headers=PNG).json()
     assert (stays[0]["policy"], stays[0]["model_version"]) == (by_v1["policy"]["id"], by_v1["model_version"])
-    refused = client.post("/invocations", json={"inputs": text, "params": {"threshold": 1e9}})
-    assert (refused.status_code, "threshold" in refused.json()["detail"]) == (422, True)
+    refused = client.post("/invocations", json={"inputs": text, "params": {"deadline_ms": -1}})
+    assert (refused.status_code, "deadline_ms" in refused.json()["detail"]) == (400, True)
 
 
 def test_deadline_is_kept_and_checked(client: httpx.Client, bodies: list[bytes]) -> None:
