@@ -129,7 +129,8 @@ class Training:
     def __init__(self, folder: Path, environment: dict[str, str], epochs: int) -> None:
         self._mark, self.lines = secrets.token_hex(8), list[str]()
         self._temporary = tempfile.mkdtemp(prefix="mk-", dir="/tmp")  # Ray's sockets want a short path
-        words = ["digits", "--workers", "1", "--storage", f"s3://{BUCKET}/{PREFIX}", "--output", str(folder / "run")]
+        words = ["digits", "--workers", "1", "--no-parallel", "--output", str(folder / "run")]
+        words += ["--storage", f"s3://{BUCKET}/{PREFIX}"]
         words += ["--model.cloud.2.width", str(WIDTH), "--json", "--cloud.epochs", str(epochs)]
         words += [word for phase in ("main", "extension") for word in (f"--{phase}.epochs", "1")]
         words += [word for phase in ("main", "extension", "cloud") for word in (f"--{phase}.max-steps", "1")]

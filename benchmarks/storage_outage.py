@@ -158,7 +158,17 @@ def _begin(command: list[str], environment: dict[str, str], mark: str, log: Path
 def _train(
     folder: Path, environment: dict[str, str], bucket: S3Server, servers: Iterable[Server], away_s: tuple[float, float]
 ) -> Outcome:
-    words = [sys.executable, "-m", "jobs.train", "digits", "--workers", "1", "--output", str(folder / "run")]
+    words = [
+        sys.executable,
+        "-m",
+        "jobs.train",
+        "digits",
+        "--workers",
+        "1",
+        "--no-parallel",
+        "--output",
+        str(folder / "run"),
+    ]
     words += ["--storage", f"s3://{BUCKET}/checkpoints", "--json"]
     words += [word for name in PHASES for word in (f"--{name}.epochs", str(EPOCHS))]
     lines, threads, noted, started = list[str](), list[threading.Thread](), dict[str, float](), time.monotonic()

@@ -137,7 +137,9 @@ def under_ray(one: One, splits: Splits, workers: int) -> dict[str, Any]:
     asked = the_recipe(one)
     store = cluster.OBJECT_STORE_BYTES + splits.table.num_bytes
     with tempfile.TemporaryDirectory() as storage, cluster.ray_cluster(None, store):
-        cluster.train(asked, splits, storage=storage, name="bench", num_workers=workers, on_event=on_event)
+        cluster.train(
+            asked, splits, storage=storage, name="bench", num_workers=workers, on_event=on_event, parallel=False
+        )
     return {"started": times["started"], "phases": clock.figures(times["started"]), "peak": {}}
 
 

@@ -14,12 +14,15 @@ def say(text: str) -> None:
 
 
 class TrainingProgress:
-    """Prints each epoch with the time that is left, by the pace of the run's own epochs and the work in each."""
+    """Prints each epoch with the time that is left, by the pace of the run's own epochs and the work in each.
+
+    Phases may be trained one after the other, or some at the same time: then their work passes side by side.
+    """
 
     def __init__(self, epochs: dict[str, int], work: dict[str, float]) -> None:
         """`epochs` of each phase, in order, and `work` of one of its epochs, in any unit common to all."""
-        self._work = [work[phase] for phase, count in epochs.items() for _ in range(count)]
-        self._done, self._seen = 0, 0.0
+        self._epochs, self._work, self._seen = epochs, work, 0.0
+        self._done = dict.fromkeys(epochs, 0)
         self._started: float | None = None
 
     def __call__(self, event: dict[str, Any]) -> None:
@@ -30,16 +33,22 @@ class TrainingProgress:
             self._epoch(event)
 
     def _start(self, event: dict[str, Any]) -> None:
-        self._started, self._seen, self._done = time.monotonic(), 0.0, event["epochs_done"]
+        self._started, self._seen = time.monotonic(), 0.0
+        left = event["epochs_done"]
+        for phase in event["phases"]:  # they are trained in this order
+            self._done[phase] = min(left, self._epochs[phase])
+            left -= self._done[phase]
         verb = "resumed from the last checkpoint" if event["resumed"] else "started"
-        done = f"{self._done} of {len(self._work)} epochs done"
-        say(f"  {event['workers']} worker(s) {verb} on {len(event['nodes'])} node(s), pid {event['pid']}, {done}")
+        every = sum(self._epochs[phase] for phase in event["phases"])
+        done = f"{event['epochs_done']} of {every} epochs done"
+        what = "" if len(event["phases"]) == len(self._epochs) else f" ({' and '.join(event['phases'])})"
+        say(f"  {event['workers']} worker(s) {verb} on {len(event['nodes'])} node(s), pid {event['pid']}, {done}{what}")
 
     def _epoch(self, event: dict[str, Any]) -> None:
-        self._seen += self._work[self._done]
-        self._done += 1
+        self._seen += self._work[event["phase"]]
+        self._done[event["phase"]] = event["epoch"]
         pace = (time.monotonic() - (self._started or time.monotonic())) / self._seen
-        left = pace * sum(self._work[self._done :])
+        left = pace * sum(self._work[phase] * (count - self._done[phase]) for phase, count in self._epochs.items())
         say(
             f"  {event['phase']:<9} epoch {event['epoch']:>3}/{event['epochs']:<3} loss {event['loss']:.4f}  "
             f"validation {event['validation_accuracy']:.4f}  left {int(left // 60)}:{int(left % 60):02d}"

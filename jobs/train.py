@@ -36,14 +36,25 @@ class Flags:
     output: Path | None = None
     """The run's folder; outputs/RECIPE if not given."""
     workers: int | None = None
-    """Data-parallel workers; one per two CPUs of the cluster if not given."""
+    """Data-parallel workers of a group; one per two CPUs of the cluster, shared by the groups, if not given."""
+    parallel: bool = True
+    """Train phases that do not wait for each other at the same time, where the cluster has room for a second group of
+    workers: the cloud network beside main and extension block."""
     storage: str | None = None
     """Where checkpoints go: a path or s3:// that every node can write; the run's folder if not given."""
     json: bool = False
     """Print the result as JSON."""
 
 
-def train(run: RunFolder, recipe: Recipe, tracker: Tracker, workers: int | None, storage: str | None) -> TrainedModel:
+def train(
+    run: RunFolder,
+    recipe: Recipe,
+    tracker: Tracker,
+    workers: int | None,
+    storage: str | None,
+    *,
+    parallel: bool = True,
+) -> TrainedModel:
     """The training stage, on the connected cluster."""
     splits = load_splits(recipe)
     if run.record.mlflow_run and tracker.resume_run(run.record.mlflow_run):
@@ -67,6 +78,7 @@ def train(run: RunFolder, recipe: Recipe, tracker: Tracker, workers: int | None,
         name=run.record.id,
         num_workers=workers,
         on_event=_both(show, log.on_event),
+        parallel=parallel,
     )
     model = artifact.from_state(state, splits)
     artifact.save(model, run.model)
@@ -177,7 +189,7 @@ def main() -> None:
         run = RunFolder.begin(output, recipe, environment.tracking_uri, splits.table.digest, goal="train")
         with tracked(tracker):
             with run.stage("train"):
-                model = train(run, recipe, tracker, flags.workers, storage)
+                model = train(run, recipe, tracker, flags.workers, storage, parallel=flags.parallel)
             assert run.record.mlflow_run is not None, "training has a run"
             tracker.end_run(run.record.mlflow_run)
     result = {"model": str(run.model), "hard_classes": list(model.hard_classes), "mlflow_run": run.record.mlflow_run}

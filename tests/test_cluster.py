@@ -8,9 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 from conftest import ENVIRONMENT
+
+from meanet.loop import PHASES, State
 
 pytestmark = pytest.mark.cluster
 EPOCHS = 8
@@ -24,6 +28,59 @@ def line_after(process: "subprocess.Popen[str]", pattern: str, seen: list[str]) 
         if found := re.search(pattern, line):
             return found
     raise AssertionError("".join(seen))
+
+
+class Trained(NamedTuple):
+    """What a way of training has left, and said."""
+
+    state: State
+    events: list[dict[str, Any]]
+
+    def span(self, phase: str) -> tuple[float, float]:
+        """When its first and its last epoch ended, s."""
+        times = [event["at"] for event in self.events if event.get("phase") == phase]
+        return min(times), max(times)
+
+    @property
+    def started(self) -> list[list[str]]:
+        """Phases of the groups, in the order in which they started."""
+        return [event["phases"] for event in self.events if event["event"] == "start"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trained, Trained]:
+    """Side by side, and in a row."""
+    folder = tmp_path_factory.mktemp("side-by-side")
+    words = [sys.executable, str(Path(__file__).with_name("side_by_side.py")), str(folder)]
+    done = subprocess.run(words, env=ENVIRONMENT, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    found = [torch.load(folder / f"{name}.pt", weights_only=True) for name in ("parallel", "row")]
+    one, other = (Trained(State(**each["state"]), each["events"]) for each in found)
+    return one, other
+
+
+def test_phases_that_do_not_wait_for_each_other_are_trained_at_the_same_time(trained: tuple[Trained, Trained]) -> None:
+    side_by_side, in_a_row = trained
+    assert sorted(side_by_side.started) == [["cloud"]] * 2 + [["main", "extension"]] * 2
+    assert in_a_row.started == [list(PHASES)] * 2
+    main, extension, cloud = (side_by_side.span(phase) for phase in PHASES)
+    assert max(cloud[0], main[0]) < min(cloud[1], extension[1]), "they overlap"
+    main, extension, cloud = (in_a_row.span(phase) for phase in PHASES)
+    assert main[1] < extension[0] <= extension[1] < cloud[0]
+
+
+def test_the_run_is_the_same_side_by_side_and_in_a_row(trained: tuple[Trained, Trained]) -> None:
+    one, other = (each.state for each in trained)
+    assert one.weights.keys() == other.weights.keys() == {*PHASES}
+    for phase in PHASES:
+        for name, tensor in one.weights[phase].items():
+            assert torch.allclose(tensor.float(), other.weights[phase][name].float(), atol=1e-4), (phase, name)
+    assert one.hard_classes == other.hard_classes
+    order = [(phase, epoch + 1) for phase in PHASES for epoch in range(6)]
+    for each in trained:
+        assert [(row["phase"], row["epoch"]) for row in each.state.history] == order
+        seen = [(event["phase"], event["epoch"]) for event in each.events if event["event"] == "epoch"]
+        assert sorted(seen) == sorted(order), "what is finished is not trained again"
 
 
 def test_killed_worker_resumes_from_its_checkpoint(tmp_path: Path) -> None:

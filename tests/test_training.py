@@ -16,7 +16,7 @@ from meanet.class_split import class_precision, class_recall, confusion_pairs, h
 from meanet.config import PhaseConfig, Recipe, SplitConfig, SplitMethod
 from meanet.data import Splits
 from meanet.errors import UserError
-from meanet.loop import PHASES, Epoch, PhaseRunner, SingleProcess, State, learning_rate
+from meanet.loop import INDEPENDENT, PHASES, Epoch, PhaseRunner, SingleProcess, State, learning_rate, merged
 from meanet.recipes import digits
 from meanet.training import Networks, Trainer, check
 
@@ -96,6 +96,17 @@ def test_phases_follow_in_order_and_learn(state: State) -> None:
     for phase in PHASES:
         losses = [row["loss"] for row in state.history if row["phase"] == phase]
         assert losses[-1] < 0.7 * losses[0], phase
+
+
+def test_phases_trained_apart_make_the_same_run(kept: list[State], splits: Splits) -> None:
+    """Main and extension in one group, the cloud network in another: nothing of one depends on the other."""
+    parts = [(phases, Trainer(short(digits(), 2), splits, SingleProcess()).run(phases)) for phases in INDEPENDENT]
+    whole = merged(parts[::-1])
+    assert same(whole, kept[-1])
+    assert whole.finished
+    rows = [[{**row, "seconds": 0.0} for row in state.history] for state in (whole, kept[-1])]
+    assert rows[0] == rows[1]
+    assert (whole.hard_classes, whole.class_precision) == (kept[-1].hard_classes, kept[-1].class_precision)
 
 
 def test_extension_sees_hard_classes_only(state: State, recipe: Recipe, splits: Splits) -> None:

@@ -1,10 +1,12 @@
 """The training loop on Ray Train. Other homes of ray in meanet: `streaming` (Ray Data), `tuning` (Ray Tune), `workers`.
 
-All phases run inside one `fit()`, so that the worker group is started once. Every epoch is reported with a checkpoint;
-after a worker's death the group starts again from the last registered one.
+Phases that do not wait for each other (`meanet.loop.INDEPENDENT`) run at the same time, each group of them inside one
+`fit()`, where the cluster has room for two worker groups; else one after the other inside one `fit()`. Every epoch
+is reported with a checkpoint; after a worker's death its group starts again from the last registered one.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import secrets
@@ -14,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from meanet.checkpoints import STATE as _STATE
 from meanet.config import Recipe
 from meanet.data import ImageTable, Splits
 from meanet.errors import UserError
-from meanet.loop import Epoch, State
+from meanet.loop import INDEPENDENT, PHASES, Epoch, State, merged
 from meanet.storage import resolve
 from meanet.streaming import streaming_feed
 from meanet.training import Trainer, resident_feed
@@ -170,7 +172,7 @@ def _train_loop(config: dict[str, Any]) -> None:
     worker = RayWorker(_reporter(config["mailbox"]))
     feed = resident_feed if isinstance(splits.table, ImageTable) else streaming_feed
     trainer = Trainer(recipe, splits, worker, state, feed)
-    nodes = _nodes(worker)
+    phases, nodes = config["phases"], _nodes(worker)
     _send(
         config["mailbox"],
         {
@@ -179,11 +181,12 @@ def _train_loop(config: dict[str, Any]) -> None:
             "pid": os.getpid(),
             "workers": worker.world_size,
             "nodes": nodes,
+            "phases": list(phases),
             "epochs_done": len(state.history) if state else 0,
             "resumed": state is not None,
         },
     )
-    trainer.run()
+    trainer.run(phases)
 
 
 def _nodes(worker: RayWorker) -> list[str]:
@@ -216,14 +219,19 @@ def _cluster_cpus() -> int:
     return int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
 
 
-def scaling(num_workers: int | None, *, streaming: bool) -> ScalingConfig:
+def scaling(num_workers: int | None, *, streaming: bool, groups: int = 1) -> ScalingConfig:
     """Workers of the connected cluster and their CPUs; a streamed set leaves some to decode it.
+
+    Args:
+        num_workers: of a group; if None one a GPU, or one per two CPUs, of the group's share.
+        streaming: whether the set is.
+        groups: that share what there is, where `num_workers` does not say.
 
     Raises:
         UserError: no workers, or more than there are CPUs, or GPUs where there are any.
     """
     cpus, gpus = _cluster_cpus(), int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
-    workers = (gpus or max(1, cpus // 2)) if num_workers is None else num_workers
+    workers = max(1, gpus // groups if gpus else cpus // (2 * groups)) if num_workers is None else num_workers
     kept = 1 if streaming else 0
     if workers < 1:
         raise UserError(f"--workers is {workers}: it must be 1 or more")
@@ -242,8 +250,30 @@ def scaling(num_workers: int | None, *, streaming: bool) -> ScalingConfig:
     )
 
 
+def phase_groups(num_workers: int | None, *, streaming: bool) -> tuple[tuple[str, ...], ...]:
+    """Phases that are to be trained at the same time: all that do not wait for each other, where the connected cluster
+    has for each group what one alone would take; else all phases in one group.
+
+    Raises:
+        UserError: as `scaling`.
+    """
+    alone = scaling(num_workers, streaming=streaming, groups=len(INDEPENDENT))
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    free = {"CPU": resources.get("CPU", 1) - streaming, "GPU": resources.get("GPU", 0)}
+    taken = alone.total_resources
+    enough = all(len(INDEPENDENT) * taken.get(name, 0) <= free[name] for name in free)
+    return INDEPENDENT if enough else (PHASES,)
+
+
 def train(
-    recipe: Recipe, splits: Splits, *, storage: str, name: str, num_workers: int | None, on_event: OnEvent
+    recipe: Recipe,
+    splits: Splits,
+    *,
+    storage: str,
+    name: str,
+    num_workers: int | None,
+    on_event: OnEvent,
+    parallel: bool = True,
 ) -> State:
     """Train all phases on the connected cluster; the same name and storage go on where they stopped, from the newest
     checkpoint that is whole.
@@ -253,51 +283,64 @@ def train(
         splits: its images, divided.
         storage: absolute path or s3:// that every node can write.
         name: the run's name below `storage`.
-        num_workers: data-parallel workers; one a GPU, or one per two CPUs if None.
+        num_workers: data-parallel workers of a group; if None one a GPU, or one per two CPUs, shared by the groups.
         on_event: called in this process with `start` and `epoch` events as they arrive.
+        parallel: whether phases that do not wait for each other may run at the same time (`phase_groups`).
 
     Raises:
         UserError: more workers than CPUs; or training failed for good.
     """
-    workers = scaling(num_workers, streaming=not isinstance(splits.table, ImageTable))
-    system, place = resolve(storage)  # ours, for it outwaits an outage of S3
+    streaming = not isinstance(splits.table, ImageTable)
+    groups = phase_groups(num_workers, streaming=streaming) if parallel else (PHASES,)
+    workers = scaling(num_workers, streaming=streaming, groups=len(groups))
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     mailbox = (
         ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
     )  # no other node's loss ends it
-    newest = checkpoints.tidied(storage, name)
-    unregistered = Checkpoint(newest, system) if newest else None
-    trainer = TorchTrainer(
-        _train_loop,
-        train_loop_config={
-            "recipe": recipe.to_dict(),
-            "mailbox": mailbox,
-            "splits": ray.put(splits),
-            "unregistered": unregistered,
-        },
-        scaling_config=workers,
-        run_config=RunConfig(
-            name=name,
-            storage_path=place,
-            storage_filesystem=system,
-            failure_config=FailureConfig(
-                max_failures=_MAX_FAILURES,
-                controller_failure_limit=_MAX_FAILURES,  # type: ignore[call-arg]  # Train V2's; the stub shows V1's
-            ),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-        ),
-    )
+    config = {"recipe": recipe.to_dict(), "mailbox": mailbox, "splits": ray.put(splits)}
+    runs = [_Run(storage, name if phases[0] == PHASES[0] else f"{name}-{phases[0]}", phases) for phases in groups]
     with _forward(mailbox, on_event):
         try:
-            result = interruptible(trainer.fit)
+            states = interruptible(*(functools.partial(run.fit, config, workers) for run in runs))
         except ray.train.TrainingFailedError as error:
             raise UserError(f"training failed after {_MAX_FAILURES} restarts: {root_cause(error)}") from error
         except ray.exceptions.RayError as error:
             raise UserError(f"training could not be run: {root_cause(error)}") from error
-    last = _newer(result.checkpoint, unregistered)
-    assert last is not None, "a finished run has a checkpoint"
-    checkpoints.tidied(storage, name)
-    return load_state(last)
+    return states[0] if len(states) == 1 else merged(list(zip(groups, states, strict=True)))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Of Ray Train: some phases, and where their checkpoints lie."""
+
+    storage: str
+    name: str
+    phases: tuple[str, ...]
+
+    def fit(self, config: dict[str, Any], workers: ScalingConfig) -> State:
+        """Train them; returns the last checkpoint's state."""
+        system, place = resolve(self.storage)  # ours, for it outwaits an outage of S3
+        newest = checkpoints.tidied(self.storage, self.name)
+        unregistered = Checkpoint(newest, system) if newest else None
+        trainer = TorchTrainer(
+            _train_loop,
+            train_loop_config={**config, "phases": self.phases, "unregistered": unregistered},
+            scaling_config=workers,
+            run_config=RunConfig(
+                name=self.name,
+                storage_path=place,
+                storage_filesystem=system,
+                failure_config=FailureConfig(
+                    max_failures=_MAX_FAILURES,
+                    controller_failure_limit=_MAX_FAILURES,  # type: ignore[call-arg]  # Train V2's; the stub shows V1's
+                ),
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+            ),
+        )
+        last = _newer(trainer.fit().checkpoint, unregistered)
+        assert last is not None, "a finished run has a checkpoint"
+        checkpoints.tidied(self.storage, self.name)
+        return load_state(last)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ The loop knows no cluster: what surrounds it (one process, or a Ray Train worker
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -67,6 +67,26 @@ class State:
     def finished(self) -> bool:
         """Whether every phase is over."""
         return self.phase == len(PHASES)
+
+
+INDEPENDENT = (("main", "extension"), ("cloud",))
+"""Groups of phases of which no group waits for another: the extension needs the main block, the cloud nothing."""
+
+
+def merged(parts: Sequence[tuple[Sequence[str], State]]) -> State:
+    """The finished state of a run whose phases were trained apart.
+
+    Args:
+        parts: phases, and the state that has trained them.
+    """
+    whole = State(parts[0][1].recipe, phase=len(PHASES))
+    for phases, state in parts:
+        whole.weights |= {phase: state.weights[phase] for phase in phases}
+        whole.history += [row for row in state.history if row["phase"] in phases]
+        if "main" in phases:
+            whole.hard_classes, whole.class_precision = state.hard_classes, state.class_precision
+    whole.history.sort(key=lambda row: (PHASES.index(row["phase"]), row["epoch"]))
+    return whole
 
 
 class Worker(Protocol):

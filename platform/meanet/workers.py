@@ -1,9 +1,8 @@
 """What Ray Train and Ray Tune share here: a worker as the loop sees it, and a driver that can be interrupted."""
 
-import contextlib
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from typing import TypeVar
 
 import ray.train
@@ -14,7 +13,7 @@ from torch import nn
 from meanet.loop import Epoch, State
 
 OnEpoch = Callable[[Epoch, State], None]
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 
 class RayWorker:
@@ -49,20 +48,25 @@ class RayWorker:
         self._on_epoch(row, state)
 
 
-def interruptible(fit: Callable[[], Result]) -> Result:
-    """Run `fit` so that Ctrl-C reaches us: in the main thread, Ray would install a handler that swallows it."""
-    outcome: Future[Result] = Future()
+def interruptible(*fits: Callable[[], T]) -> list[T]:
+    """Run these at the same time so that Ctrl-C reaches us: in the main thread, Ray would install a handler that
+    swallows it. The first that fails is raised at once."""
+    outcomes: list[Future[T]] = [Future() for _ in fits]
 
-    def run() -> None:
+    def run(fit: Callable[[], T], outcome: Future[T]) -> None:
         try:
             outcome.set_result(fit())
         except BaseException as error:  # handed on to the waiting thread, whatever it is
             outcome.set_exception(error)
 
-    threading.Thread(target=run, name="meanet-fit", daemon=True).start()
-    while True:
-        with contextlib.suppress(TimeoutError):
-            return outcome.result(timeout=0.5)
+    for fit, outcome in zip(fits, outcomes, strict=True):
+        threading.Thread(target=run, args=(fit, outcome), name="meanet-fit", daemon=True).start()
+    left = set(outcomes)
+    while left:  # with a time limit, for a wait without one is not interrupted
+        done, left = wait(left, timeout=0.5, return_when=FIRST_EXCEPTION)
+        for outcome in done:
+            outcome.result()
+    return [outcome.result() for outcome in outcomes]
 
 
 def root_cause(error: BaseException) -> str:
