@@ -146,7 +146,9 @@ def tracked(tracker: Tracker) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            tracker.close_open_runs("FAILED" if isinstance(error, Exception) else "KILLED")
+            why = tracker.close_open_runs("FAILED" if isinstance(error, Exception) else "KILLED")
+            if why is not None:
+                _progress.say(f"  MLflow goes on showing its runs as RUNNING: {why}")
             raise
 
 

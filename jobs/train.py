@@ -71,15 +71,19 @@ def train(
     show = _progress.TrainingProgress(
         {name: getattr(recipe, name).epochs for name in PHASES}, epoch_work(recipe, splits)
     )
-    state = cluster.train(
-        recipe,
-        splits,
-        storage=storage or str((run.root / "train").absolute()),
-        name=run.record.id,
-        num_workers=workers,
-        on_event=_both(show, log.on_event),
-        parallel=parallel,
-    )
+    try:
+        state = cluster.train(
+            recipe,
+            splits,
+            storage=storage or str((run.root / "train").absolute()),
+            name=run.record.id,
+            num_workers=workers,
+            on_event=_both(show, log.on_event),
+            parallel=parallel,
+        )
+    except BaseException:  # a point in flight must not meet the closing of the runs: SQLite takes one writer
+        log.stop()
+        raise
     model = artifact.from_state(state, splits)
     artifact.save(model, run.model)
     log.complete(state)
@@ -161,6 +165,10 @@ class _PhaseLog:
         parent = self._run.record.mlflow_run
         assert parent is not None, "training has a run"
         self._tracker.log_text(parent, json.dumps(state.class_precision), "class_precision.json")
+
+    def stop(self) -> None:
+        """Send no more; what has not arrived is sent when the run goes on."""
+        self._spool.stop()
 
     def _log(self, phase: str, rows: list[dict[str, Any]]) -> None:
         self._tracker.log_steps(self._run_id(phase), [(row["epoch"], {n: row[n] for n in _METRICS}) for row in rows])

@@ -11,7 +11,7 @@ from pathlib import Path
 import ray
 
 from meanet.cluster import ray_cluster
-from serve_apps.__main__ import Flags, deployed
+from serve_apps.__main__ import Flags, deployed, ingress_of
 from serve_apps.graph import AppArgs
 
 
@@ -26,7 +26,8 @@ def kill(deployment: str) -> int:
 def main() -> None:
     answers = sys.stdout  # what else is printed goes to standard error
     ready, args = Path(sys.argv[1]), AppArgs.model_validate_json(sys.argv[2])
-    with ray_cluster(None, num_cpus=8), deployed(Flags(port=0), args) as url:
+    flags = Flags(port=0)
+    with ingress_of(flags), ray_cluster(None, num_cpus=8), deployed(flags, args) as url:
         part = ready.with_suffix(".part")
         part.write_text(url)
         part.rename(ready)

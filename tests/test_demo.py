@@ -46,6 +46,8 @@ class Demo:
     """Progress of the attempt that was killed between the main and the extension phase."""
     second: list[str]
     """Progress of the one that SIGTERM ended inside the cloud phase."""
+    end: str
+    """What that one said after the signal."""
     stopped: dict[str, str]
     """What MLflow then said of each run."""
     third: list[str]
@@ -66,8 +68,8 @@ def start(folder: Path, mark: str) -> "subprocess.Popen[str]":
     )
 
 
-def stop_after(process: "subprocess.Popen[str]", pattern: str, number: int) -> list[str]:
-    """Send the driver a signal as soon as its progress says so; what it had said."""
+def stop_after(process: "subprocess.Popen[str]", pattern: str, number: int) -> tuple[list[str], str]:
+    """Send the driver a signal as soon as its progress says so; what it had said, and what it said afterwards."""
     assert process.stderr is not None
     said = []
     for line in process.stderr:
@@ -75,15 +77,14 @@ def stop_after(process: "subprocess.Popen[str]", pattern: str, number: int) -> l
         if re.search(pattern, line):
             os.kill(process.pid, number)
             break
-    process.communicate()
-    return said
+    return said, process.communicate()[1]
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     folder, mark = tmp_path_factory.mktemp("demo"), uuid.uuid4().hex
-    first = stop_after(start(folder, mark), rf"main +epoch +{EPOCHS['main']}/", signal.SIGKILL)
-    second = stop_after(start(folder, mark), r"cloud +epoch +2/", signal.SIGTERM)
+    first, _ = stop_after(start(folder, mark), rf"main +epoch +{EPOCHS['main']}/", signal.SIGKILL)
+    second, end = stop_after(start(folder, mark), r"cloud +epoch +2/", signal.SIGTERM)
     store = f"sqlite:///{folder / 'outputs/mlflow/mlflow.db'}"
     stopped = statuses(store)
     finished = start(folder, mark)
@@ -94,7 +95,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
         shorter = dataclasses.replace(getattr(recipe, phase), epochs=epochs)
         recipe = dataclasses.replace(recipe, **{phase: shorter})  # type: ignore[arg-type]
     return Demo(
-        folder, store, json.loads(stdout), recipe, first, second, stopped, stderr.splitlines(), left_running(mark)
+        folder, store, json.loads(stdout), recipe, first, second, end, stopped, stderr.splitlines(), left_running(mark)
     )
 
 
@@ -126,7 +127,7 @@ def test_interrupted_run_goes_on_where_it_stopped(demo: Demo) -> None:
 
 
 def test_runs_of_a_command_that_was_stopped_are_closed_until_it_goes_on(demo: Demo) -> None:
-    assert demo.stopped == dict.fromkeys(("digits", "main", "extension", "cloud"), "KILLED")
+    assert demo.stopped == dict.fromkeys(("digits", "main", "extension", "cloud"), "KILLED"), demo.end
     assert statuses(demo.store) == dict.fromkeys(demo.stopped, "FINISHED")
 
 

@@ -1,6 +1,6 @@
 """Versions, policies, settings and replicas change under load, and no request fails or is misrouted.
 
-One application on a local Ray of eight logical CPUs for all of it: two edge replicas, more under load.
+One application behind HAProxy, on a local Ray of eight logical CPUs, for all of it: two edge replicas, more under load.
 """
 
 import contextlib
@@ -158,6 +158,7 @@ def server(model: TrainedModel, splits: Splits, tmp_path_factory: pytest.TempPat
                 process.stdout.close()
     assert process.returncode == 0, log.read_text()
     assert TOKEN not in log.read_text()
+    assert "HAProxy is not used" not in log.read_text()
 
 
 @dataclass

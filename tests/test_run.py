@@ -1,6 +1,7 @@
 """A run's folder: what goes on, and what begins anew; and what MLflow says of what was stopped."""
 
 import dataclasses
+import functools
 import os
 import signal
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from jobs._run import RunFolder, tracked
+from meanet import tracking
 from meanet.errors import UserError
 from meanet.recipes import digits
 from meanet.tracking import Tracker
@@ -118,3 +120,31 @@ def test_no_run_stays_open_behind_what_fails_or_is_stopped(
         assert tracker.resume_run(begun[0])
         tracker.end_run(begun[0])
     assert status(begun[0]) == "FINISHED"
+
+
+def test_runs_are_closed_once_the_store_answers_again_and_else_it_is_said(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker, checks = Tracker(f"sqlite:///{root / 'mlflow.db'}"), iter([1, 0])
+    run = tracker.start_run("r", {}, {})
+
+    def away(uri: str) -> None:
+        if next(checks, 1):
+            raise UserError("the store is locked")
+
+    monkeypatch.setattr(tracking, "_check_reachable", away)
+
+    def failing() -> None:
+        with tracked(tracker):
+            _fail()
+
+    with pytest.raises(UserError, match=r"^no$"):
+        failing()
+    assert tracker._client.get_run(run).info.status == "FAILED"
+    assert capsys.readouterr().err == ""
+    assert tracker.resume_run(run)
+    assert tracker.close_open_runs("KILLED", patience_s=0.1) == "the store is locked"
+    monkeypatch.setattr(tracker, "close_open_runs", functools.partial(tracker.close_open_runs, patience_s=0.1))
+    with pytest.raises(UserError, match=r"^no$"):
+        failing()
+    assert "showing its runs as RUNNING: the store is locked" in capsys.readouterr().err

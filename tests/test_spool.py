@@ -108,3 +108,22 @@ def test_close_waits_for_a_server_that_comes_back(tmp_path: Path) -> None:
     threading.Timer(0.3, lambda: setattr(server, "away", False)).start()
     kept.close(patience_s=10)
     assert server.got == points(3)
+
+
+def test_stop_waits_for_what_is_on_its_way_and_the_rest_stays(tmp_path: Path) -> None:
+    server, on_its_way, go_on = Server(), threading.Event(), threading.Event()
+
+    def take(some: Sequence[Point]) -> None:
+        on_its_way.set()
+        assert go_on.wait(10)
+        server.take(some)
+
+    kept = Spool(tmp_path / "points.jsonl", take)
+    put(kept, points(1))
+    assert on_its_way.wait(10)
+    put(kept, points(4, start=1))
+    threading.Timer(0.2, go_on.set).start()
+    kept.stop()
+    assert server.got == points(1)
+    Spool(tmp_path / "points.jsonl", server.take).close()
+    assert server.got == points(5)

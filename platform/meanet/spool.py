@@ -94,6 +94,14 @@ class Spool:
                 "and give the same command again"
             )
 
+    def stop(self, patience_s: float = 5.0) -> None:
+        """End the thread after what is on its way, for which `patience_s` is waited; the rest stays in the file."""
+        with self._lock:
+            self._closing, self._waiting = True, []
+            self._lock.notify_all()
+        self._thread.join(timeout=patience_s)
+        self._file.close()
+
     def _run(self) -> None:
         pause = _FIRST_PAUSE_S
         while True:

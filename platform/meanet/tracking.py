@@ -155,14 +155,29 @@ class Tracker:
         self._client.set_terminated(run_id, status)
         self._open.discard(run_id)
 
-    def close_open_runs(self, status: str) -> None:
-        """Close as FAILED or KILLED what this process began or went on with; in vain where the store is away."""
-        with contextlib.suppress(UserError):
-            if self._open:
+    def close_open_runs(self, status: str, patience_s: float = 5.0) -> str | None:
+        """Close as FAILED or KILLED what this process began or went on with.
+
+        Args:
+            status: which of them.
+            patience_s: for how long a store that does not take it is asked again.
+
+        Returns:
+            Why some of them stay open, or None: the store is away.
+        """
+        deadline = time.monotonic() + patience_s
+        while self._open:
+            try:
                 _check_reachable(self.uri)
-            for run_id in sorted(self._open):
-                with contextlib.suppress(MlflowException):  # it was deleted meanwhile
-                    self.end_run(run_id, status)
+                for run_id in sorted(self._open):
+                    with contextlib.suppress(MlflowException):  # it was deleted meanwhile
+                        self.end_run(run_id, status)
+                return None
+            except UserError as error:
+                if time.monotonic() > deadline:
+                    return str(error)
+                time.sleep(0.5)
+        return None
 
     def log_steps(self, run_id: str, rows: Iterable[tuple[int, Mapping[str, float]]]) -> None:
         """(step, metrics) rows, in batches; a step logged twice keeps its last value."""
