@@ -62,7 +62,7 @@ class Demo:
     def all_stages(self) -> dict[str, Any]:
         """Run what is left; returns the report."""
         with cluster.ray_cluster(self.environment.ray_address, object_store_bytes(self.splits)) as address:
-            storage = check_cluster(self.splits, self.flags.workers, self.flags.storage)
+            storage = check_cluster(self.splits, self.flags.workers, self.flags.storage, self.flags.output)
             digest, store = self.splits.table.digest, self.environment.tracking_uri
             self.run = RunFolder.begin(self.flags.output, self.recipe, store, digest, goal="report")
             with tracked(self.tracker):

@@ -12,14 +12,14 @@ from typing import Any
 
 from jobs import _cli, _progress
 from jobs._run import RunFolder, tracked
-from meanet import artifact, cluster, data
+from meanet import artifact, cluster, data, nodes
 from meanet.artifact import TrainedModel
 from meanet.config import DataConfig, Recipe
 from meanet.data import ImageTable, Splits
 from meanet.errors import exit_on_user_error
 from meanet.loop import PHASES, State
 from meanet.spool import Point, Spool
-from meanet.storage import check_writable
+from meanet.storage import writable_directory
 from meanet.tracking import Tracker
 from meanet.training import check, epoch_work
 
@@ -90,14 +90,23 @@ def train(
     return model
 
 
-def check_cluster(splits: Splits, workers: int | None, storage: str | None) -> str | None:
+def check_cluster(splits: Splits, workers: int | None, storage: str | None, output: Path) -> str | None:
     """What only the connected cluster can tell, before an earlier run is replaced; returns the storage, absolute.
 
+    Args:
+        splits: what it will train on.
+        workers: that are asked for.
+        storage: for checkpoints, s3:// or a path.
+        output: the run's folder, where they go else.
+
     Raises:
-        UserError: more workers than it has CPUs; a storage that cannot be written.
+        UserError: more workers than it has CPUs; a storage that some node cannot write, or does not share.
     """
     cluster.scaling(workers, streaming=not isinstance(splits.table, ImageTable))
-    return check_writable(storage) if storage else None
+    if storage:
+        return nodes.check_storage(storage)
+    nodes.check_storage(str(writable_directory(output)))
+    return None
 
 
 def load_splits(recipe: Recipe) -> Splits:
@@ -193,7 +202,7 @@ def main() -> None:
     check(recipe, splits)  # every mistake that can be found is found before an earlier run is replaced
     tracker = Tracker(environment.tracking_uri)
     with cluster.ray_cluster(environment.ray_address, object_store_bytes(splits)):
-        storage = check_cluster(splits, flags.workers, flags.storage)
+        storage = check_cluster(splits, flags.workers, flags.storage, output)
         run = RunFolder.begin(output, recipe, environment.tracking_uri, splits.table.digest, goal="train")
         with tracked(tracker):
             with run.stage("train"):

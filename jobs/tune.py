@@ -110,7 +110,7 @@ def main() -> None:
     store = object_store_bytes(study.splits) if study.splits else cluster.OBJECT_STORE_BYTES
     with cluster.ray_cluster(environment.ray_address, store):
         if study.splits:
-            check_cluster(study.splits, flags.workers, None)
+            check_cluster(study.splits, flags.workers, None, study.root)
         tuning.concurrent_trials(plan)
         with tracked(study.tracker):
             report = study.all_stages()

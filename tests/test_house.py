@@ -20,7 +20,14 @@ ALLOWED = {
     "serve_apps": {"serve_apps", "meanet"},
 }
 HOMES = {
-    "ray": {"meanet.cluster", "meanet.proposals", "meanet.streaming", "meanet.tuning", "meanet.workers"},
+    "ray": {
+        "meanet.cluster",
+        "meanet.nodes",
+        "meanet.proposals",
+        "meanet.streaming",
+        "meanet.tuning",
+        "meanet.workers",
+    },
     "optuna": {"meanet.proposals"},
     "mlflow": {"meanet.tracking"},
     "boto3": {"meanet.s3"},

@@ -143,7 +143,7 @@ def commands() -> list[list[str]]:
 
 def test_the_job_takes_a_model_through_its_life() -> None:
     assert [words[:3] for words in commands()] == [
-        ["python", "-m", f"jobs.{name}"] for name in ("train", "evaluate", "register", "promote")
+        ["python", "-m", f"jobs.{name}"] for name in ("train", "evaluate", "tune", "register", "promote")
     ]
 
 

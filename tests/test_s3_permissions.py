@@ -1,12 +1,17 @@
-"""A key that may read and not write: the preflight says so before anything is trained."""
+"""A key that may read and not write: the preflight says so before anything is trained, whichever node has it."""
 
 import json
+import re
+import secrets
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import boto3
 import pytest
+from conftest import ENVIRONMENT
 
 from jobs._processes import free_ports
 from jobs._s3_server import S3Server as Weed
@@ -61,3 +66,18 @@ def test_a_key_that_may_not_write_is_told_so_before_a_training(reader: Weed) -> 
     s3.preflight("s3://meanet/runs")
     with pytest.raises(UserError, match="may not have the bucket 'meanet' written: ask for the permission"):
         s3.preflight("s3://meanet/runs", write=True)
+
+
+@pytest.mark.cluster
+def test_a_node_that_may_not_write_is_named(server: Weed) -> None:
+    """The driver may, another node has the reader's key."""
+    words = [sys.executable, str(Path(__file__).with_name("two_nodes.py")), "s3://meanet/runs", *_READER]
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment = ENVIRONMENT | server.environment | token
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    alone, with_reader = done.stdout.splitlines()
+    assert alone == "s3://meanet/runs"
+    assert re.fullmatch(
+        r"node [0-9a-f]{8} \([0-9.]+\): s3://meanet/runs: .* may not have the bucket .* written.*", with_reader
+    )

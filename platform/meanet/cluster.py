@@ -1,4 +1,5 @@
-"""The training loop on Ray Train. Other homes of ray in meanet: `streaming` (Ray Data), `tuning` (Ray Tune), `workers`.
+"""The training loop on Ray Train. Other homes of ray in meanet: `streaming` (Ray Data), `tuning` (Ray Tune), `workers`,
+`nodes`.
 
 Phases that do not wait for each other (`meanet.loop.INDEPENDENT`) run at the same time, each group of them inside one
 `fit()`, where the cluster has room for two worker groups; else one after the other inside one `fit()`. Every epoch

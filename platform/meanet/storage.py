@@ -1,6 +1,7 @@
 """Where files live: a local path or `s3://`. With `s3` the only home of pyarrow.fs in meanet."""
 
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -229,6 +230,32 @@ def check_writable(uri: str) -> str:
     except OSError as error:
         raise UserError(f"{uri} cannot be written ({error}): choose another with --storage") from error
     return path if isinstance(system, fs.LocalFileSystem) else uri
+
+
+@contextmanager
+def marked(folder: str) -> Iterator[str]:
+    """An empty file in a local folder while the block runs, by which `check_marked` knows the folder; yields its name,
+    which is empty for s3://."""
+    if folder.startswith(s3.SCHEME):
+        yield ""
+        return
+    path = Path(folder) / f".shared-{secrets.token_hex(4)}"
+    path.touch()
+    try:
+        yield path.name
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def check_marked(folder: str, marker: str) -> None:
+    """Prove that this machine can write the folder that another has `marked`.
+
+    Raises:
+        UserError: it cannot; or it is another one.
+    """
+    if marker and not (Path(folder) / marker).exists():
+        raise UserError(f"{folder} is another folder there: with --storage give one that all nodes share, or s3://")
+    check_writable(folder)
 
 
 def writable_directory(path: Path, remedy: str = "--output") -> Path:
