@@ -56,15 +56,16 @@ class Keeping:
         """Serve this from now on, under these settings; what was learnt is kept where it still holds."""
         before = self._base
         self._service.configure(settings)
-        why = None if settings.budget is None else why_no_budget(served.policy)
+        budget = settings.held
+        why = None if budget is None else why_no_budget(served.policy)
         same = (before.version, before.policy) == (served.version, served.policy)
-        if settings.budget is None or why is not None:
+        if budget is None or why is not None:
             self._budget = _BudgetState(None, why, self._clock, self._events)
             if why is not None:
                 self._events.write(logging.WARNING, "budget not held", why=why)
-        elif not same or self._budget.keeper is None or self._budget.keeper.budget != settings.budget:
+        elif not same or self._budget.keeper is None or self._budget.keeper.budget != budget:
             owed = self._budget.keeper.excess if self._budget.keeper else 0.0
-            keeper = BudgetKeeper(settings.budget, _finite(served.policy.threshold), owed)
+            keeper = BudgetKeeper(budget, _finite(served.policy.threshold), owed)
             self._budget = _BudgetState(keeper, None, self._clock, self._events)
         if self._audit.config != settings.audit or before.version != served.version:
             self._audit = Audit(settings.audit, _expected(served))

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -38,7 +38,7 @@ class Settings:
     breaker_open_s: float = 1.0
     """How long it stays open before a probe is sent."""
     lowest_threshold: float | None = None
-    """Requests and operators may set no threshold below it; None = any finite number."""
+    """Requests and operators may set no threshold below it, nor a budget move it there; None = any finite number."""
     highest_threshold: float | None = None
     """Nor above it."""
     budget: Budget | None = None
@@ -58,12 +58,26 @@ class Settings:
             _require(value >= 1, f"{name} is {value}: it must be 1 or more")
         low, high = self.bounds
         _require(low <= high, f"thresholds from {low} to {high}: lowest_threshold must not be above highest_threshold")
+        _ = self.held  # whose bounds must leave something
 
     @property
     def bounds(self) -> tuple[float, float]:
         """Of the thresholds that may be set; infinite where there is none."""
         low, high = self.lowest_threshold, self.highest_threshold
         return -math.inf if low is None else low, math.inf if high is None else high
+
+    @property
+    def held(self) -> Budget | None:
+        """The budget, within the bounds of thresholds as within its own.
+
+        Raises:
+            UserError: nothing is left between them.
+        """
+        if self.budget is None:
+            return None
+        low, high = self.bounds
+        high = min(high, math.inf if self.budget.highest is None else self.budget.highest)
+        return replace(self.budget, lowest=max(self.budget.lowest, low), highest=high if math.isfinite(high) else None)
 
     def check_thresholds(self, thresholds: Iterable[float | None]) -> None:
         """Check thresholds that somebody wishes; None, never to the cloud, is always allowed.

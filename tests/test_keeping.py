@@ -110,6 +110,17 @@ def test_budget_holds_the_share_from_easy_to_hard(model: TrainedModel, by_comple
     assert report["moves"] > 20
 
 
+def test_budget_keeps_the_bounds_of_thresholds(model: TrainedModel, by_complexity: Images) -> None:
+    async def run() -> tuple[list[Answer], dict[str, Any]]:
+        settings = dataclasses.replace(PATIENT, budget=Budget(cloud_share=0.9), lowest_threshold=0.5)
+        service, keeping = keep(model, honest(model), settings)
+        return await ask_all(service, drifting(by_complexity, 400, 1), 16), keeping.report()["budget"]
+
+    answers, report = asyncio.run(run())
+    assert {answer.policy.thresholds[0] for answer in answers} == {0.5}, "0.9 of them would want a lower one"
+    assert (report["held"], report["at_a_bound"]) == (False, True)
+
+
 def test_moves_of_the_budget_and_a_drift_are_lines_of_the_log(model: TrainedModel, by_complexity: Images) -> None:
     written = io.StringIO()
     events.set_up("edge-1", written)

@@ -33,6 +33,7 @@ def test_update_changes_what_it_names_and_nothing_else() -> None:
         ({"lowest_threshold": 2.0, "highest_threshold": 1.0}, "thresholds from 2.0 to 1.0"),
         ({"budget": {"cloud_share": 2}}, "budget: budget cloud_share is 2"),
         ({"budget": {"share": 0.1}}, "budget.share"),
+        ({"budget": {"cloud_share": 0.1, "highest": 0.3}, "lowest_threshold": 0.5}, "budget bounds 0.5..0.3"),
         ({"audit": {"share": -1}}, "audit: audit share is -1"),
         ({"audit": 3}, "audit"),
         ({"deadline_s": {1, 2}}, "no JSON"),
@@ -51,3 +52,13 @@ def test_thresholds_keep_their_bounds() -> None:
     for outside in (0.05, 0.95):
         with pytest.raises(UserError, match=r"from 0.1 to 0.9"):
             bounded.check_thresholds([0.5, outside])
+
+
+def test_a_budget_keeps_the_bounds_of_thresholds_too() -> None:
+    assert Settings(lowest_threshold=0.1).held is None
+    wide = Settings(budget=Budget(cloud_share=0.1), lowest_threshold=0.1, highest_threshold=0.9)
+    assert wide.held == Budget(cloud_share=0.1, lowest=0.1, highest=0.9)
+    narrow = Settings(budget=Budget(cloud_share=0.1, lowest=0.2, highest=0.8), lowest_threshold=0.1)
+    assert narrow.held == narrow.budget
+    free = Settings(budget=Budget(cloud_share=0.1))
+    assert free.held == free.budget
