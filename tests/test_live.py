@@ -28,7 +28,7 @@ from meanet.routing import Exit, complexity
 from meanet.runtime import Cascade, EdgeRuntime, Images
 from meanet.tracking import Tracker
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.served]
 TOKEN = "correct-horse-battery-staple"
 HEADERS = {"authorization": f"Bearer {TOKEN}", "content-type": "application/json"}
 PNG = {"content-type": "image/png"}

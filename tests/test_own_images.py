@@ -11,7 +11,7 @@ from conftest import ENVIRONMENT
 from pictures import image_folder
 from server import MARK, left_running
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.served]
 CLASSES = ("acorn", "birch", "cedar", "dogwood", "elm", "fir", "ginkgo")
 
 
