@@ -116,14 +116,15 @@ def fetched(tracking_uri: str, version: int) -> Iterator[Path]:
         fcntl.flock(lock, fcntl.LOCK_SH)  # as long as anybody reads it, it is not forgotten
         _forget_old(place)
         done = place / f"{name}.done"
-        while not done.exists():
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait for the first
-            if not done.exists():
-                shutil.rmtree(place / name, ignore_errors=True)
-                (place / name).mkdir()
-                found = _fetch(tracking_uri, version, place / name)
-                done.write_text(found)
-            fcntl.flock(lock, fcntl.LOCK_SH)
+        if not done.exists():
+            with (place / f"{name}.fetching").open("a") as fetching:
+                fcntl.flock(fetching, fcntl.LOCK_EX)  # the others wait for the first; no lock is ever converted
+                if not done.exists():
+                    shutil.rmtree(place / name, ignore_errors=True)
+                    (place / name).mkdir()
+                    part = done.with_suffix(".part")
+                    part.write_text(_fetch(tracking_uri, version, place / name))
+                    part.rename(done)  # there as a whole, or not at all
         yield Path(done.read_text())
 
 

@@ -40,8 +40,9 @@ BASE = {
     "base/exits.parquet": "rows",
     "base/train/big": "kept here",
 }
-ONE = {"trials/one/trial.json": "{}", "trials/one/model/edge": "first"}
-TWO = {"trials/two/trial.json": "{}", "trials/two/model/edge": "second"}
+ONE = {"trials/one/model/edge": "first", "trials/one/trial.json": "{}"}
+TWO = {"trials/two/model/edge": "second", "trials/two/trial.json": "{}"}
+"""A trial's record is written last."""
 
 
 def test_trials_arrive_while_the_study_runs_and_another_folder_goes_on_from_them(
