@@ -47,6 +47,8 @@ class EdgeService:
         self._cloud = CloudCalls(ask_cloud, self._settings, self._observer)
         self._batcher: Batcher[Task, list[Pass | _Failure]] = Batcher(self._run, self._done, MAX_MICRO_BATCH, "edge")
         self._pace = Pace()
+        self.turned_away = 0
+        """Requests that were refused for overload, so far."""
         self.watchers: list[Callable[[Pass], None]] = []
         """Shown each pass of the blocks, before its answers go out; must be quick and must not raise."""
 
@@ -175,6 +177,7 @@ class EdgeService:
             raise self._overloaded(f"{queued} images wait, which takes {wait:.2f} s", wait)
 
     def _overloaded(self, why: str, retry_after_s: float) -> OverloadedError:
+        self.turned_away += 1
         self._observer.refused("overloaded")
         return OverloadedError(why, max(0.1, retry_after_s))
 
@@ -224,6 +227,7 @@ class EdgeService:
         for result in results:
             if isinstance(result, _Failure):
                 if isinstance(result.error, OverloadedError):
+                    self.turned_away += 1
                     self._observer.refused("overloaded")
                 result.tell()
                 continue

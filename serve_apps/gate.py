@@ -25,7 +25,7 @@ from serve_apps.watched import HEADER, request_id_of
 
 MAX_LAG_S = 0.15
 """How far the loop may be behind; a request of a second's deadline then still has most of it."""
-MAX_WAIT_S = 0.35
+MAX_WAIT_S = 0.25
 """How long what is in hand may take; answers go out a micro-batch at a time, so that their rate is known roughly."""
 MAX_UNSEEN_S = 0.25
 """How long what waits to be accepted may."""
@@ -72,7 +72,7 @@ class Gate:
                 taken in as they come.
         """
         self._app, self._service, self._clock, self._protocol = app, service, clock, protocol
-        self._open = self._requests = self._bytes = 0
+        self._open = self._requests = self._bytes = self._turned_away = 0
         self._events = Events()
         self._pace, self._arrivals = _Rate(_GUESSED_ANSWERS), _Rate(_GUESSED_ARRIVALS)
         self._backlog: Backlog | None = None
@@ -164,9 +164,11 @@ class Gate:
         return self._bytes <= MAX_BYTES
 
     def _beat(self) -> None:
-        now = self._clock()
+        now, service = self._clock(), self._service()
+        self._pace.answered -= service.turned_away - self._turned_away  # they were quick, and say nothing of answers
+        self._turned_away = service.turned_away
         if self._due is not None:
-            busy = self._here(self._service()) >= ALWAYS
+            busy = self._here(service) >= ALWAYS
             self._pace.passed(now - self._beaten, busy=busy)
             self._arrivals.passed(now - self._beaten, busy=busy)
         self._beaten = now

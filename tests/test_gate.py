@@ -18,7 +18,7 @@ class Edge:
     """What the gate asks of the service."""
 
     def __init__(self) -> None:
-        self.away, self.answer, self.refusals = 0, ("", 0.0), list[str]()
+        self.away, self.turned_away, self.answer, self.refusals = 0, 0, ("", 0.0), list[str]()
 
     def full(self) -> tuple[str, float]:
         return self.answer
@@ -240,6 +240,25 @@ def test_the_rate_of_answers_bounds_what_is_in_hand() -> None:
         rate.answered = 40
         rate.passed(0.02, busy=True)
     assert rate.seconds(50) < 0.06, "and in time the old is forgotten"
+
+
+def test_requests_that_the_service_turns_away_do_not_count_as_answers() -> None:
+    """They are quick: counted, they would say that much more can be in hand than is answered in time."""
+
+    async def test() -> None:
+        now, edge = [0.0], Edge()
+        app = App()
+        through = gate_of(app, edge, now)
+        tasks = await in_hand(app, through, 2 * ALWAYS)
+        for _ in range(100):  # 4 answers a beat, and 40 refusals
+            through._pace.answered, edge.turned_away = 44, edge.turned_away + 40
+            now[0] += 0.02
+            through._beat()
+        assert through._pace.seconds(50) == pytest.approx(0.25, rel=0.05)
+        app.may_answer.set()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(test())
 
 
 def test_requests_that_wait_for_the_cloud_are_not_in_hand() -> None:
