@@ -125,7 +125,10 @@ its own, from round to round.
 All clients share one edge replica, and this machine's processors with HTTP, proxy and cloud. What holds the simulated
 edge's core is a request's processor time, server and client together ({1000 * cost["processor_s"]:.2f} ms), divided by
 the number of processors and by the share of them that is left: at rest, server and cluster take {cost["idle"]:.0%}.
-What one client waits beside that holds nothing, and varies as it did there (log-normal). The rate is such that
+What one client waits beside that holds nothing, and varies as it did there (log-normal). It is less the busier the
+machine is, for a processor that has slept wakes slowly: one client tells both ends, paced as above and in a closed loop
+(there {1000 * calibration["awake"]["front_s"]:.2f} ms, at {calibration["awake"]["busy"]:.0%} of the core); more clients
+lie between, by the share that they take. The rate is such that
 {max(flags["clients"])} clients take {flags["busy"]:.0%} of what is left. Other processes are no part of the simulation.
 
 Calibrated at one client alone, in ms: {numbers}; front_spread {calibration["edge"]["front_spread"]:.2f}.

@@ -129,14 +129,22 @@ class Alone(Seen):
     cost: Cost
     image_s: float
     """Of the cloud, for one more image in a call."""
+    in_a_row: Sequence[Answered]
+    """What it saw when it sent as soon as it had its answer: the machine had no time to fall asleep."""
 
-    def quantile(self, exit_: str, value: Callable[[Answered], float], share: float = 0.5) -> float:
-        """Of the answers from an exit; the median if not said otherwise.
+    def quantile(
+        self,
+        exit_: str,
+        value: Callable[[Answered], float],
+        share: float = 0.5,
+        answers: Sequence[Answered] | None = None,
+    ) -> float:
+        """Of the answers from an exit; the median of the paced ones if not said otherwise.
 
         Raises:
             UserError: there are none.
         """
-        found = [value(answer) for answer in self.answers if answer.exit == exit_]
+        found = [value(answer) for answer in answers or self.answers if answer.exit == exit_]
         if not found:
             raise UserError(f"no answer of {len(self.answers)} came from the exit {exit_!r}: measure for longer")
         return float(np.quantile(found, share))
@@ -145,17 +153,21 @@ class Alone(Seen):
         """What the simulation asks for: the core's share of a request, and what a client waits beside it."""
         core = self.cost.core_s
         edge = {exit_: self.quantile(exit_, lambda answer: answer.edge_s) for exit_ in ("main", "extension")}
-        front, later = (
-            max(1e-5, self.quantile("main", lambda answer: answer.seconds, share) - core) for share in (0.5, _ONE_SIGMA)
-        )
+        front, later = (max(1e-5, self.quantile("main", _seconds, share) - core) for share in (0.5, _ONE_SIGMA))
         return {
             "main_s": core,
             "extension_s": max(0.0, edge["extension"] - edge["main"]),
             "front_s": front,
             "front_spread": math.log(later / front),
+            "awake_front_s": max(1e-5, self.quantile("main", _seconds, answers=self.in_a_row) - core),
+            "awake_busy": core / float(np.mean([answer.seconds for answer in self.in_a_row])),
             "image_s": self.image_s,
             "network_s": max(0.0, self.quantile("cloud", lambda answer: answer.cloud_s) - self.image_s),
         }
+
+
+def _seconds(answer: Answered) -> float:
+    return answer.seconds
 
 
 @dataclass(frozen=True)
@@ -170,6 +182,8 @@ class Calibration:
     """Images a second of a client in the measurements."""
     cost: dict[str, float]
     """Fields of Cost."""
+    awake: dict[str, float]
+    """Of one client that sends all the time: front_s, and busy, the share of the core that it takes."""
 
     @staticmethod
     def of(rounds: Sequence[Alone], rate: float) -> "Calibration":
@@ -177,13 +191,21 @@ class Calibration:
         quiet = quieter(rounds)
         times = _medians([one.times() for one in quiet])
         cloud = {name: times.pop(name) for name in ("image_s", "network_s")}
-        return Calibration(times, cloud, rate, _medians([asdict(one.cost) for one in quiet]))
+        awake = {name: times.pop(f"awake_{name}") for name in ("front_s", "busy")}
+        return Calibration(times, cloud, rate, _medians([asdict(one.cost) for one in quiet]), awake)
+
+    def front_s(self, clients: int) -> float:
+        """What a request waits beside the core while so many clients send: between what one client saw that left the
+        machine time to fall asleep and what it saw that left none, by the share of the core that is taken."""
+        one = self.rate * self.edge["main_s"]
+        busy = [one, max(self.awake["busy"], 1.01 * one)]
+        return float(np.interp(clients * one, busy, [self.edge["front_s"], self.awake["front_s"]]))
 
     def predict(self, work: Workload, clients: int) -> Outcome:
         """One edge replica that so many clients share, and one of the cloud, on this machine."""
         fleet = Fleet(
             devices=clients,
-            edge=EdgeTimes(**self.edge),  # type: ignore[arg-type]
+            edge=EdgeTimes(**self.edge | {"front_s": self.front_s(clients)}),  # type: ignore[arg-type]
             cloud=CloudTimes(**self.cloud),
             link=Link(bytes_per_second=1e9),
             arrivals=Arrivals(rate=self.rate),
@@ -246,7 +268,7 @@ class Bench:
         complex_ones = [body for body, answer in zip(self.bodies, answers, strict=True) if answer.exit == "cloud"]
         image_s = await cloud_batches(self.session, self.flags.url, complex_ones)
         seen = await self.paced(1, rate, 2 * self.flags.seconds, seed)
-        return Alone(seen.answers, meter.others(), cost, image_s)
+        return Alone(seen.answers, meter.others(), cost, image_s, answers)
 
 
 def bodies_of(table: ExitsTable) -> list[bytes]:
