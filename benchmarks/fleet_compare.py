@@ -1,12 +1,15 @@
 """A running server beside the simulated one: calibrated at one client, then predicted and measured at 2 to 8.
 
 Read by `benchmarks.fleet`. Rounds are interleaved, one client and then each other number, so that what else the machine
-does falls on all of them alike. Of each, the half of the rounds counts for latency in which other processes took the
-least of the machine, whatever was measured then; p50 is the median over these. What goes to the cloud does not depend
-on that: its share is of all rounds. What is predicted follows from what one client saw, and from nothing else.
+does falls on all of them alike; and just before each, one client is measured again, for such a machine is now faster
+and now slower by a quarter: what several clients saw is told at the speed of the calibration. Of each number, the half
+of the rounds counts for latency in which other processes took the least of the machine, whatever was measured then; p50
+is the median over these. What goes to the cloud does not depend on that: its share is of all rounds. What is predicted
+follows from what one client saw, and from nothing else.
 """
 
 import asyncio
+import dataclasses
 import json
 import math
 import os
@@ -105,6 +108,13 @@ class Seen:
     answers: Sequence[Answered]
     others: float
     """Share of the machine that other processes kept busy meanwhile, 0..1."""
+    just_before_s: float | None = field(default=None, kw_only=True)
+    """p50 of one client just before, s: how fast the machine was; None where that was not measured."""
+
+    @property
+    def p50_s(self) -> float:
+        """Of all answers."""
+        return float(np.median([answer.seconds for answer in self.answers]))
 
 
 @dataclass(frozen=True)
@@ -160,7 +170,6 @@ class Alone(Seen):
             "front_s": front,
             "front_spread": math.log(later / front),
             "awake_front_s": max(1e-5, self.quantile("main", _seconds, answers=self.in_a_row) - core),
-            "awake_busy": core / float(np.mean([answer.seconds for answer in self.in_a_row])),
             "image_s": self.image_s,
             "network_s": max(0.0, self.quantile("cloud", lambda answer: answer.cloud_s) - self.image_s),
         }
@@ -183,7 +192,7 @@ class Calibration:
     cost: dict[str, float]
     """Fields of Cost."""
     awake: dict[str, float]
-    """Of one client that sends all the time: front_s, and busy, the share of the core that it takes."""
+    """front_s of one client that sends all the time."""
 
     @staticmethod
     def of(rounds: Sequence[Alone], rate: float) -> "Calibration":
@@ -191,15 +200,15 @@ class Calibration:
         quiet = quieter(rounds)
         times = _medians([one.times() for one in quiet])
         cloud = {name: times.pop(name) for name in ("image_s", "network_s")}
-        awake = {name: times.pop(f"awake_{name}") for name in ("front_s", "busy")}
+        awake = {"front_s": times.pop("awake_front_s")}
         return Calibration(times, cloud, rate, _medians([asdict(one.cost) for one in quiet]), awake)
 
     def front_s(self, clients: int) -> float:
-        """What a request waits beside the core while so many clients send: between what one client saw that left the
-        machine time to fall asleep and what it saw that left none, by the share of the core that is taken."""
-        one = self.rate * self.edge["main_s"]
-        busy = [one, max(self.awake["busy"], 1.01 * one)]
-        return float(np.interp(clients * one, busy, [self.edge["front_s"], self.awake["front_s"]]))
+        """What a request waits beside the core while so many clients send: as one client saw it that sends all the time
+        where the core is busy when it comes, and else with the waking up of what has fallen asleep, as it saw paced."""
+        one, all_ = (min(1.0, count * self.rate * self.edge["main_s"]) for count in (1, clients))
+        awake = min(self.awake["front_s"], self.edge["front_s"])
+        return float(awake + (self.edge["front_s"] - awake) * (1 - all_) / (1 - one))
 
     def predict(self, work: Workload, clients: int) -> Outcome:
         """One edge replica that so many clients share, and one of the cloud, on this machine."""
@@ -309,29 +318,33 @@ async def compare(flags: Compare) -> dict[str, Any]:
             seed = 1000 * flags.seed + 100 * number
             alone.append(await bench.alone(rate, seed))
             for clients, rounds in seen.items():
-                rounds.append(await bench.paced(clients, rate, flags.seconds, seed + clients))
+                just_before = await bench.paced(1, rate, flags.seconds, seed + 50 + clients)
+                several = await bench.paced(clients, rate, flags.seconds, seed + clients)
+                rounds.append(dataclasses.replace(several, just_before_s=just_before.p50_s))
             print(f"round {number + 1} of {flags.rounds}; others kept {meter.others():.0%} busy", flush=True)
         others = meter.others()
     found = Calibration.of(alone, rate)
     work = workload(table.exits("test"), table.costs, policy)
     everybody: dict[int, Sequence[Seen]] = {1: alone, **seen}
-    rows = [_row(clients, found.predict(work, clients), rounds) for clients, rounds in everybody.items()]
+    usual = float(np.median([one.p50_s for one in quieter(alone)]))
+    rows = [_row(clients, found.predict(work, clients), rounds, usual) for clients, rounds in everybody.items()]
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(flags).items()}
     return {"calibration": asdict(found) | {"others_busy": others}, "rows": rows, "flags": plain}
 
 
-def _row(clients: int, predicted: Outcome, rounds: Sequence[Seen]) -> dict[str, Any]:
+def _row(clients: int, predicted: Outcome, rounds: Sequence[Seen], usual_s: float) -> dict[str, Any]:
+    """`usual_s`: p50 of the one client by which was calibrated; measured is as if the machine had been as fast then."""
     quiet = quieter(rounds)
-    p50 = [float(np.median([answer.seconds for answer in one.answers])) for one in quiet]
+    p50 = [one.p50_s * usual_s / (one.just_before_s or usual_s) for one in quiet]
     gone = [answer.exit == "cloud" for one in rounds for answer in one.answers]
     return {
         "clients": clients,
         "requests": len(gone),
-        "p50": _pair(predicted.latency["p50"], p50),
+        "p50": _pair(predicted.latency["p50"], p50) | {"by_the_clock": float(np.median([one.p50_s for one in quiet]))},
         "cloud_share": _pair(predicted.share["cloud"], [float(np.mean(gone))]),
         "degraded": sum(answer.degraded for one in quiet for answer in one.answers),
         "others": [one.others for one in quiet],
-        "left_out": [[float(np.median([a.seconds for a in one.answers])), one.others] for one in _louder(rounds)],
+        "left_out": [[one.p50_s, one.others] for one in _louder(rounds)],
     }
 
 

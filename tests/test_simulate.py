@@ -127,9 +127,8 @@ def test_what_one_client_saw_is_what_is_predicted_of_one(table: ExitsTable, poin
     assert predicted.latency["p50"] == pytest.approx(np.median([answer.seconds for answer in answers]), rel=0.05)
     assert predicted.share["cloud"] == pytest.approx(kinds.count("cloud") / len(kinds), abs=0.02)
     assert found.awake["front_s"] == pytest.approx(0.002, rel=0.05)
-    assert found.awake["busy"] == pytest.approx(core / np.mean([answer.seconds for answer in in_a_row]))
     assert found.front_s(1) == found.edge["front_s"]
-    assert found.front_s(10_000) == found.awake["front_s"], "never faster than one client that sends all the time"
+    assert found.front_s(10_000_000) == found.awake["front_s"], "never faster than one client that sends all the time"
     assert found.awake["front_s"] < found.front_s(8) < found.front_s(4) < found.edge["front_s"]
     with pytest.raises(UserError, match="no answer of 1 came from the exit 'extension'"):
         Alone([answer for answer in answers if answer.exit == "main"][:1], 0.1, cost, 0.001, answers).times()
