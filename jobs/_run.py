@@ -12,20 +12,17 @@ report.json, .html    what came of it
 import json
 import secrets
 import shutil
-import signal
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from jobs import _progress
 from meanet.config import Recipe
 from meanet.errors import UserError
+from meanet.stopping import sigterm_ends_the_block
 from meanet.storage import writable_directory, write_text
 from meanet.tracking import Tracker
 
@@ -142,7 +139,7 @@ class RunFolder:
 def tracked(tracker: Tracker) -> Iterator[None]:
     """Open MLflow runs are closed where the block fails (FAILED) or is stopped (KILLED: by Ctrl-C, or the SIGTERM of
     `ray job stop`); the same command goes on with them."""
-    with _stoppable():
+    with sigterm_ends_the_block():
         try:
             yield
         except BaseException as error:
@@ -150,23 +147,6 @@ def tracked(tracker: Tracker) -> Iterator[None]:
             if why is not None:
                 _progress.say(f"  MLflow goes on showing its runs as RUNNING: {why}")
             raise
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGTERM raises SystemExit in the block, where it would have ended the process at once."""
-
-    def stop(number: int, _frame: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if ours:
-        signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        if ours and signal.getsignal(signal.SIGTERM) is stop:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _read(root: Path) -> Record | None:

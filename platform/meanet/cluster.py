@@ -12,7 +12,6 @@ import logging
 import os
 import secrets
 import shutil
-import signal
 import sys
 import tempfile
 import threading
@@ -20,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import ray
@@ -37,6 +35,7 @@ from meanet.config import Recipe
 from meanet.data import ImageTable, Splits
 from meanet.errors import UserError
 from meanet.loop import INDEPENDENT, PHASES, Epoch, State, merged
+from meanet.stopping import sigterm_ends_the_block
 from meanet.storage import resolve
 from meanet.streaming import streaming_feed
 from meanet.training import Trainer, resident_feed
@@ -88,27 +87,8 @@ def ray_cluster(
                 "with `ray start --head`, or unset RAY_ADDRESS to run locally"
             ) from error
         stack.callback(ray.shutdown)
-        stack.enter_context(_sigterm_ends_the_block())
+        stack.enter_context(sigterm_ends_the_block())  # in place of Ray's
         yield str(ray.get_runtime_context().gcs_address)
-
-
-@contextlib.contextmanager
-def _sigterm_ends_the_block() -> Iterator[None]:
-    """SIGTERM raises SystemExit in the block. Ray's own handler does so too, but the one below it, in C++, aborts the
-    process three seconds later (Abseil's failure handler), however much is still to be closed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, _frame: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        if signal.getsignal(signal.SIGTERM) is stop:
-            signal.signal(signal.SIGTERM, before)
 
 
 def _remove(folder: Path) -> None:
