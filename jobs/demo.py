@@ -23,6 +23,7 @@ from meanet.errors import UserError, exit_on_user_error
 from meanet.evaluation import ExitsTable
 from meanet.onnx_export import Engines
 from meanet.operating_point import Search
+from meanet.stopping import leave_after
 from meanet.storage import write_text
 from meanet.tracking import Tracker
 from meanet.training import check
@@ -168,4 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    leave_after(main)

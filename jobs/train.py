@@ -19,6 +19,7 @@ from meanet.data import ImageTable, Splits
 from meanet.errors import exit_on_user_error
 from meanet.loop import PHASES, State
 from meanet.spool import Point, Spool
+from meanet.stopping import leave_after
 from meanet.storage import writable_directory
 from meanet.tracking import Tracker
 from meanet.training import check, epoch_work
@@ -218,4 +219,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    leave_after(main)

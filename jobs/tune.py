@@ -23,6 +23,7 @@ from meanet.evaluation import ExitsTable, exits_table
 from meanet.judge import Study, reference_of
 from meanet.operating_point import Search
 from meanet.routing import Policy
+from meanet.stopping import leave_after
 from meanet.study import Space, Trial, trial_id
 from meanet.tracking import Tracker
 from meanet.training import check
@@ -123,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    leave_after(main)

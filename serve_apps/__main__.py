@@ -26,6 +26,7 @@ from ray.serve.schema import LoggingConfig
 from meanet import engines
 from meanet.cluster import ray_cluster
 from meanet.errors import UserError, exit_on_user_error
+from meanet.stopping import leave_after
 from meanet.storage import write_text
 from meanet.tracking import Tracker, store_uri
 from serve_apps import ingress
@@ -183,4 +184,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    leave_after(main)

@@ -35,7 +35,7 @@ from meanet.config import Recipe
 from meanet.data import ImageTable, Splits
 from meanet.errors import UserError
 from meanet.loop import INDEPENDENT, PHASES, Epoch, State, merged
-from meanet.stopping import sigterm_ends_the_block
+from meanet.stopping import leave_at_once, sigterm_ends_the_block
 from meanet.storage import resolve
 from meanet.streaming import streaming_feed
 from meanet.training import Trainer, resident_feed
@@ -86,9 +86,20 @@ def ray_cluster(
                 f"no Ray cluster can be used at {address or 'this machine'} ({str(error).splitlines()[0]}): start one "
                 "with `ray start --head`, or unset RAY_ADDRESS to run locally"
             ) from error
-        stack.callback(ray.shutdown)
+        stack.callback(_disconnect, joined=address is not None)
         stack.enter_context(sigterm_ends_the_block())  # in place of Ray's
         yield str(ray.get_runtime_context().gcs_address)
+
+
+def _disconnect(*, joined: bool) -> None:
+    """End what `ray.init` began. A cluster that was joined hears of it from the end of the process, where that follows:
+    to take a driver apart is not safe in Ray 2.60. Its replies to other nodes are sent by threads that nobody waits for
+    (`GetServerCallExecutor` of src/ray/rpc/server_call.h), and one that comes late reads what `ray.shutdown` has freed:
+    SIGSEGV, exit status 139, after all the work was done. Ray leaves its own workers standing, too
+    (https://github.com/ray-project/ray/pull/18899).
+    """
+    if not (joined and leave_at_once()):
+        ray.shutdown()
 
 
 def _remove(folder: Path) -> None:
