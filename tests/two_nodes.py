@@ -1,10 +1,12 @@
-"""Whether nodes can write a storage: two that are alike, then a third that has another key. No test itself.
+"""Whether nodes can write a storage: two that are alike, where one then does not answer; then a third that has another
+key. No test itself.
 
 python tests/two_nodes.py URI KEY SECRET
 """
 
 import sys
 import tempfile
+import time
 
 from ray.cluster_utils import Cluster
 
@@ -24,6 +26,12 @@ def main() -> None:
             cluster.add_node(**small)
             with ray_cluster(cluster.address):
                 print(nodes.check_storage(uri), file=answers, flush=True)
+                nodes._PATIENCE_S = 1.0
+                try:
+                    nodes._on_other_nodes(lambda: time.sleep(30))
+                except UserError as error:
+                    print(error, file=answers, flush=True)
+                nodes._PATIENCE_S = 60.0
                 cluster.add_node(**small, env_vars={"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret})
                 try:
                     print(nodes.check_storage(uri), file=answers, flush=True)
