@@ -5,8 +5,8 @@ A scrape behind one ingress reaches one replica only; without a board it would s
 
 import itertools
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,15 @@ class ReplicaState:
     policy: dict[str, Any]
     """In force: id, gate, thresholds."""
     gauges: dict[str, float] = field(default_factory=dict)
-    """Further figures by name, such as the budget's; of several replicas their mean is shown."""
+    """Further figures by name, such as the audit's counts; of several replicas their sum is shown."""
+
+
+def summed_gauges(states: Sequence[ReplicaState]) -> dict[str, float]:
+    """By name, in the names' order."""
+    found: Counter[str] = Counter()
+    for state in states:
+        found.update(state.gauges)  # adds
+    return dict(sorted(found.items()))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 
 from meanet.breaker import Breaker
 from meanet.config import jpeg_quality
+from meanet.deadlines import cloud_patience
 from meanet.preprocessing import Preprocessing, encode_jpeg
 from meanet.routing import Exit, Ints, Reading
 from meanet.runtime import Images
@@ -165,7 +166,9 @@ class CloudCalls:
 
     async def _failed(self, batch: Pass, rows: list[int], error: Exception, started: float) -> None:
         seconds, timed_out = time.monotonic() - started, isinstance(error, TimeoutError)
-        in_haste = timed_out and seconds < 0.95 * self._settings.cloud_budget_s
+        limits = self._settings
+        patience = cloud_patience(limits.cloud_budget_s, limits.deadline_s, limits.reserve_s)
+        in_haste = timed_out and seconds < 0.95 * patience
         if not in_haste:  # clients' short deadlines say nothing of the cloud
             self.breaker.record(success=False)
         num_bytes = sum(batch.tasks[row].bytes_sent for row in rows)
@@ -215,8 +218,13 @@ class CloudCalls:
         """The edge's best answer for these samples, marked."""
         if not len(rows):
             return
-        await asyncio.to_thread(batch.finish_alone, rows)
-        batch.resolve(mask(rows, len(batch.tasks)), 1000 * seconds, reason)
+        try:
+            await asyncio.to_thread(batch.finish_alone, rows)
+            batch.resolve(mask(rows, len(batch.tasks)), 1000 * seconds, reason)
+        except Exception as error:  # whatever it is, these requests must hear of it
+            for row in rows:
+                if not batch.tasks[row].answer.done():
+                    batch.tasks[row].answer.set_exception(error)
 
 
 async def _request(batch: Pass, rows: Ints) -> CloudRequest:
@@ -229,6 +237,17 @@ async def _request(batch: Pass, rows: Ints) -> CloudRequest:
     if payload == "raw" or len(bodies) < len(rows):  # a micro-batch may mix files and pixels
         return CloudRequest(version, None, batch.images[rows])
     return CloudRequest(version, bodies, None)
+
+
+def upload_sizes(batch: Pass) -> Ints:
+    """(N,) bytes that each image of a pass would take up to the cloud; where they are recompressed, the first one's."""
+    payload, count = batch.served.model.energy.payload, len(batch.tasks)
+    quality, pixels = jpeg_quality(payload), batch.images[0].nbytes
+    if quality is not None:
+        return np.full(count, len(encode_jpeg(batch.images[0], quality)))
+    if payload == "raw":
+        return np.full(count, pixels)
+    return np.array([pixels if task.body is None else len(task.body) for task in batch.tasks])
 
 
 def _recompressed(batch: Pass, rows: Ints, quality: int) -> list[bytes]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
-from meanet.errors import UserError
+from meanet.errors import AwayError, UserError
 from serve_apps.board import Board, Report, View
 from serve_apps.director import Desired, Director, Orders, Outcome
 from serve_apps.rollout import Beat
@@ -125,5 +125,6 @@ class Control:
         try:
             outcome = await change
         except UserError as error:
-            outcome = Outcome(False, str(error), nonsense=True)
+            away = isinstance(error, AwayError)
+            outcome = Outcome(False, str(error), nonsense=not away, away=away)
         return outcome, self._director.view()

@@ -70,6 +70,8 @@ class Outcome:
     """Why it was not made; the state before stands."""
     nonsense: bool = False
     """It could never be made; else it might at another time."""
+    away: bool = False
+    """What it needs does not answer now."""
 
 
 class Director:

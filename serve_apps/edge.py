@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from meanet.breaker import Breaker
+from meanet.deadlines import QUEUE_SHARE, longest_wait
 from meanet.errors import UserError
 from meanet.routing import Ints, Policy, Reading
 from meanet.runtime import Images
@@ -23,8 +24,6 @@ from serve_apps.served import Served
 from serve_apps.settings import Settings
 
 MAX_MICRO_BATCH = 64
-_QUEUE_SHARE = 0.5
-"""Of a request's time, what it may wait for the blocks: the rest is for its own pass, the cloud, and errors."""
 
 
 class OverloadedError(Exception):
@@ -137,10 +136,13 @@ class EdgeService:
             for place, (image, body) in enumerate(zip(images, bodies, strict=True))
         ]
         self._batcher.put(tasks)
-        if not many:
-            return [await task.answer for task in tasks]
         try:
+            if not many:
+                return [await task.answer for task in tasks]
             return await asyncio.gather(*(task.answer for task in tasks))
+        except OverloadedError:
+            self._count_refusal()
+            raise
         finally:  # of a request that is over, nothing more is computed
             for task in tasks:
                 task.answer.cancel()
@@ -156,7 +158,7 @@ class EdgeService:
         wait = self._pace.wait(queued, MAX_MICRO_BATCH)
         if queued >= self._settings.max_queued:
             return f"{queued} images wait and the limit is {self._settings.max_queued}", wait
-        if wait > _QUEUE_SHARE * min(1.0, self._settings.deadline_s):
+        if wait > longest_wait(self._settings.deadline_s):
             return f"{queued} images wait, which takes {wait:.2f} s", wait
         return "", 0.0
 
@@ -173,12 +175,16 @@ class EdgeService:
         wait = self._pace.wait(queued, MAX_MICRO_BATCH)  # of those ahead; how long its own take is not known
         if queued and queued + count > self._settings.max_queued:
             raise self._overloaded(f"{queued} images wait and the limit is {self._settings.max_queued}", wait)
-        if wait > _QUEUE_SHARE * left_s:
+        if wait > QUEUE_SHARE * left_s:
             raise self._overloaded(f"{queued} images wait, which takes {wait:.2f} s", wait)
 
-    def _overloaded(self, why: str, retry_after_s: float) -> OverloadedError:
+    def _count_refusal(self) -> None:
+        """Once a request, however many images it has."""
         self.turned_away += 1
         self._observer.refused("overloaded")
+
+    def _overloaded(self, why: str, retry_after_s: float) -> OverloadedError:
+        self._count_refusal()
         return OverloadedError(why, max(0.1, retry_after_s))
 
     def _run(self, tasks: Sequence[Task]) -> "list[Pass | _Failure]":
@@ -226,9 +232,6 @@ class EdgeService:
         """On the event loop: answers go out, and what is complex goes up."""
         for result in results:
             if isinstance(result, _Failure):
-                if isinstance(result.error, OverloadedError):
-                    self.turned_away += 1
-                    self._observer.refused("overloaded")
                 result.tell()
                 continue
             self._observer.passed(len(result.tasks), result.edge_ms / 1000)

@@ -9,7 +9,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from serve_apps.board import ReplicaState, View
+from serve_apps.board import ReplicaState, View, summed_gauges
 from serve_apps.tally import Counts, Histogram
 
 BREAKER_STATES = ("closed", "half_open", "open")
@@ -88,9 +88,8 @@ def _states(states: list[ReplicaState]) -> Iterator[Metric]:
         info.add_metric(list(key), number)
     yield info
     yield _thresholds(states)
-    for name in sorted({name for state in states for name in state.gauges}):
-        values = [state.gauges[name] for state in states if name in state.gauges]
-        yield GaugeMetricFamily(f"meanet_{name}", "Mean over the edge replicas", value=sum(values) / len(values))
+    for name, value in summed_gauges(states).items():
+        yield GaugeMetricFamily(f"meanet_{name}", "Sum over the edge replicas", value=value)
 
 
 def _thresholds(states: list[ReplicaState]) -> Metric:

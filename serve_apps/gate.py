@@ -207,9 +207,9 @@ class _Rate:
         """A beat is over."""
         self._all, self._seconds = _KEPT * self._all, _KEPT * self._seconds
         if busy:
-            self._all += self.answered
+            self._all += max(0, self.answered)
             self._seconds += min(seconds, _LONGEST_BEAT_S)
-        self.answered = 0
+        self.answered = min(0, self.answered)  # what was taken off too early is counted in the next
 
     def seconds(self, requests: int) -> float:
         """That so many take."""

@@ -17,6 +17,7 @@ import numpy as np
 from meanet.routing import Bools, Floats, Ints, Policy, complexity
 from serve_apps.audit import Audit
 from serve_apps.budget import BudgetKeeper
+from serve_apps.cloud_calls import upload_sizes
 from serve_apps.edge import EdgeService
 from serve_apps.events import Events
 from serve_apps.micro_batch import Pass
@@ -160,8 +161,7 @@ class _BudgetState:
         count, costs = len(batch.tasks), batch.served.costs
         wanted: Bools = np.zeros(count, dtype=bool)
         wanted[batch.pending.rows] = True
-        sizes = [len(task.body) if task.body is not None else batch.images[0].nbytes for task in batch.tasks]
-        upload: Floats = np.asarray(costs.upload_joules(np.array(sizes)), dtype=np.float64)
+        upload: Floats = np.asarray(costs.upload_joules(upload_sizes(batch)), dtype=np.float64)
         edge = np.where(batch.answers.extended, costs.main_joules + costs.extension_joules, costs.main_joules)
         before = keeper.threshold
         keeper.record(complexity(batch.pending.main, batch.policy.measures[0]), wanted, np.asarray(edge, float), upload)

@@ -196,6 +196,8 @@ async def _ask(call: Any, wait_s: float) -> Any:
 
 def _after(reply: Reply, response: Response) -> dict[str, Any]:
     outcome, view = reply
+    if outcome.away:
+        raise HTTPException(503, outcome.refused, {"Retry-After": "5"})
     if outcome.refused is not None:
         raise HTTPException(422 if outcome.nonsense else 409, outcome.refused)
     response.status_code = 200 if outcome.done else 202

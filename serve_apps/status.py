@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any, Literal
 
-from serve_apps.board import View
+from serve_apps.board import View, summed_gauges
 from serve_apps.exposition import BREAKER_STATES
 from serve_apps.tally import Counts, Histogram
 
@@ -26,11 +26,7 @@ def status(view: View, scope: Scope) -> dict[str, Any]:
         "replicas": len(states),
         "breaker": {name: breakers[name] for name in BREAKER_STATES},
         "served": list(served.values()),
-        "gauges": {
-            name: sum(values) / len(values)
-            for name in sorted({name for state in states for name in state.gauges})
-            if (values := [state.gauges[name] for state in states if name in state.gauges])
-        },
+        "gauges": summed_gauges(states),
         "window": {"seconds": seconds, "per_second": window.images / seconds if seconds else 0.0, **_figures(window)},
         "since_start": _figures(view.totals),
         "series": [

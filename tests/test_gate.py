@@ -240,6 +240,10 @@ def test_the_rate_of_answers_bounds_what_is_in_hand() -> None:
         rate.answered = 40
         rate.passed(0.02, busy=True)
     assert rate.seconds(50) < 0.06, "and in time the old is forgotten"
+    for _ in range(100):
+        rate.answered -= 50
+        rate.passed(0.02, busy=True)
+    assert rate.seconds(50) > 0, "more that was taken off than was there makes no time negative"
 
 
 def test_requests_that_the_service_turns_away_do_not_count_as_answers() -> None:

@@ -180,7 +180,7 @@ def exposed(*states: ReplicaState, accept: str = "") -> str:
 
 
 def test_prometheus_reads_every_metric_that_is_named() -> None:
-    text = exposed(state(budget_cloud_share=0.1), state("open", None, budget_cloud_share=0.3))
+    text = exposed(state(audits=20, audit_drifted=0), state("open", None, audits=30, audit_drifted=1))
     families = {family.name: family for family in text_string_to_metric_families(text)}
     assert set(families) >= NAMED
     samples: dict[tuple[str, tuple[str, ...]], float] = {
@@ -195,7 +195,8 @@ def test_prometheus_reads_every_metric_that_is_named() -> None:
     assert samples["meanet_breaker_state", ("open",)] == 1
     assert samples["meanet_breaker_state", ("half_open",)] == 0
     assert samples["meanet_model_info", ("margin", "abc", "3")] == 2
-    assert samples["meanet_budget_cloud_share", ()] == pytest.approx(0.2)
+    assert samples["meanet_audits", ()] == 50
+    assert samples["meanet_audit_drifted", ()] == 1, "replicas that see a drift"
     assert samples["meanet_entropy_nats_bucket", ("+Inf",)] == samples["meanet_entropy_nats_count", ()] == 10
     assert samples["meanet_latency_seconds_bucket", ("0.004", "total")] == 6, "bounds are inclusive"
     assert samples["meanet_latency_seconds_count", ("cloud",)] == 4

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from meanet import artifact, engines, onnx_export
 from meanet.artifact import TrainedModel
 from meanet.data import Splits
-from meanet.errors import UserError
+from meanet.errors import AwayError, UserError
 from meanet.preprocessing import encode_png
 from meanet.routing import Exit
 from meanet.runtime import Cascade
@@ -126,7 +126,7 @@ def test_store_that_cannot_be_used(tmp_path: Path) -> None:
 
 
 def test_server_that_does_not_answer() -> None:
-    with pytest.raises(UserError, match=r"http://127.0.0.1:1 does not answer.*MLFLOW_TRACKING_URI"):
+    with pytest.raises(AwayError, match=r"http://127.0.0.1:1 does not answer.*MLFLOW_TRACKING_URI"):
         Tracker("http://127.0.0.1:1")
 
 
@@ -203,7 +203,7 @@ def test_store_that_goes_away_is_no_stack_trace(
         raise trouble
 
     monkeypatch.setattr(MlflowClient, "log_batch", gone)
-    with pytest.raises(UserError, match=rf"does not answer any more \({said}\).*the same command again"):
+    with pytest.raises(AwayError, match=rf"does not answer any more \({said}\).*the same command again"):
         tracker.log_steps(run, [(1, {"loss": 1.0})])
 
 

@@ -9,6 +9,10 @@ class UserError(ValueError):
     """Something the user can mend: the message names the value that is wrong and the remedy."""
 
 
+class AwayError(UserError):
+    """What is asked for cannot be had now: something that it needs does not answer. Later it may."""
+
+
 def exit_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
     """Wrap a command: a UserError becomes a line and exit status 1, Ctrl-C exit status 130."""
 

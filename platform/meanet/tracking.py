@@ -33,7 +33,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from meanet import artifact, engines, s3
 from meanet.artifact import TrainedModel
 from meanet.data import Images
-from meanet.errors import UserError
+from meanet.errors import AwayError, UserError
 from meanet.routing import policy_id
 
 MODEL = "meanet"
@@ -80,7 +80,7 @@ class _Guarded:
             except Exception as error:
                 if not _of_store(error):
                     raise
-                raise UserError(
+                raise AwayError(
                     f"the MLflow store {self._uri} does not answer any more ({_first_line(error)}): bring it back and "
                     "give the same command again; what was finished is kept"
                 ) from error
@@ -389,7 +389,7 @@ def _check_reachable(uri: str) -> None:
         try:
             httpx.get(f"{uri.rstrip('/')}/health", timeout=5).raise_for_status()
         except httpx.HTTPError as error:
-            raise UserError(
+            raise AwayError(
                 f"the MLflow server {uri} does not answer ({type(error).__name__}): start it, or change "
                 "MLFLOW_TRACKING_URI (unset it for the embedded store)"
             ) from error

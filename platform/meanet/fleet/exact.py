@@ -16,6 +16,7 @@ import numpy as np
 import simpy
 
 from meanet.breaker import Breaker
+from meanet.deadlines import cloud_patience, longest_wait
 from meanet.fleet.model import Fleet
 from meanet.fleet.outcome import Images, Moment, Outcome, Price, Status, outcome
 from meanet.fleet.rates import curve
@@ -145,7 +146,7 @@ class _Simulation:
             yield self.env.timeout(when - self.env.now if when > self.env.now else 0.0)
             edge = self.edges[place]
             waiting = len(edge.queue)
-            too_late = waiting * self.fleet.edge.main_s > self.limits.deadline_s
+            too_late = waiting * self.fleet.edge.main_s > longest_wait(self.limits.deadline_s)
             if waiting and (too_late or waiting + 1 > self.limits.max_queued):
                 self.status[image] = Status.REFUSED
                 continue
@@ -220,7 +221,8 @@ class _Simulation:
             over.append(success)
             edge.calls -= 1
             self._settle(images, until, success=success)
-            in_haste = not success and last - now < 0.95 * limits.cloud_budget_s
+            patience = cloud_patience(limits.cloud_budget_s, limits.deadline_s, limits.reserve_s)
+            in_haste = not success and last - now < 0.95 * patience
             if not in_haste:  # short deadlines say nothing of the cloud
                 edge.breaker.record(success=success)
             if not success:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from meanet.deadlines import longest_wait
 from meanet.fleet.model import Fleet
 from meanet.fleet.workload import Workload
 from meanet.routing import Bools, Floats, Ints
@@ -93,7 +94,7 @@ def _through(fleet: Fleet, arrived: list[float], extended: list[bool]) -> tuple[
     ended, batches = np.zeros(len(arrived)), np.full(len(arrived), -1, dtype=np.int64)
     queue: deque[int] = deque()
     free, number, image = 0.0, 0, 0
-    most = min(limits.max_queued, limits.deadline_s / edge.main_s)
+    most = min(limits.max_queued, longest_wait(limits.deadline_s) / edge.main_s)
     while image < len(arrived) or queue:
         start = free if queue else max(free, arrived[image])
         while image < len(arrived) and arrived[image] <= start:
