@@ -1,6 +1,7 @@
 """KubeRay's manifests: every field known, pods valid in Kubernetes' strict schema; planted mistakes are found."""
 
 import copy
+import itertools
 import re
 import shlex
 import subprocess
@@ -154,3 +155,58 @@ def test_the_job_gives_flags_that_there_are(words: list[str], tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     for flag in (word for word in words if word.startswith("--")):
         assert flag in done.stdout
+
+
+def folders_that_all_nodes_write() -> list[str]:
+    """Given to the job's commands: a study's folder, and a training's whose checkpoints go nowhere else."""
+    found = []
+    for words in commands():
+        given = dict(itertools.pairwise(words))
+        if words[2] == "jobs.tune" or (words[2] == "jobs.train" and "--storage" not in given):
+            found.append(given["--output"])
+    return found
+
+
+def unshared(folder: str, cluster: dict[str, Any], settings: list[dict[str, Any]]) -> str | None:
+    """Why the pods of a cluster do not see a folder as one and the same, if so."""
+    claims = set()
+    for name, template in kuberay.templates(cluster):
+        (container,) = template["spec"]["containers"]
+        volumes = {one["name"]: one for one in template["spec"]["volumes"]}
+        above = [one for one in container["volumeMounts"] if Path(folder).is_relative_to(one["mountPath"])]
+        if not above:
+            return f"{name} does not mount {folder}"
+        mount = max(above, key=lambda one: len(one["mountPath"]))
+        claim = volumes[mount["name"]].get("persistentVolumeClaim", {}).get("claimName")
+        claims.add((claim, mount["mountPath"], mount.get("subPath")))
+    if len(claims) != 1 or None in {claim for claim, *_ in claims}:
+        return f"{folder} comes from {claims}"
+    ((claim, *_),) = claims
+    known = {one["metadata"]["name"]: one["spec"] for one in settings if one["kind"] == "PersistentVolumeClaim"}
+    return None if "ReadWriteMany" in known[claim]["accessModes"] else f"{claim} is for one node"
+
+
+def test_what_all_nodes_write_is_one_folder_for_all_of_them() -> None:
+    """As `meanet.nodes.check_storage` will ask."""
+    folders = folders_that_all_nodes_write()
+    assert folders, "the study's at least"
+    cluster, settings = one("cluster.yaml"), kuberay.documents(FOLDER / "settings.yaml")
+    assert [unshared(folder, cluster, settings) for folder in folders] == [None] * len(folders)
+
+
+@pytest.mark.parametrize(
+    ("file", "path", "value", "says"),
+    [
+        ("settings.yaml", "spec/accessModes", ["ReadWriteOnce"], "meanet-outputs is for one node"),
+        ("cluster.yaml", f"{POD}/containers/0/volumeMounts", [], "edge does not mount /app/outputs/x"),
+        ("cluster.yaml", f"{POD}/volumes/1/persistentVolumeClaim", {"claimName": "other"}, "comes from"),
+        ("cluster.yaml", f"{POD}/volumes/1", {"name": "outputs", "emptyDir": {}}, "comes from"),
+    ],
+)
+def test_a_folder_that_nodes_do_not_share_is_found(file: str, path: str, value: Any, says: str) -> None:
+    cluster, (others, claim) = one("cluster.yaml"), kuberay.documents(FOLDER / "settings.yaml")
+    if file == "settings.yaml":
+        claim = plant(claim, path, value)
+    else:
+        cluster = plant(cluster, path, value)
+    assert says in (unshared("/app/outputs/x", cluster, [others, claim]) or "")
