@@ -52,10 +52,14 @@ RUN pip install --no-deps --no-index /wheels/*.whl && mkdir outputs && chown mea
 COPY --chmod=755 container/entrypoint.sh /usr/local/bin/meanet
 
 # Token authentication is never off; the token itself comes at run time, by file or by the cluster's secret.
-# Serve's fast ingress must be chosen before Ray starts, on every node.
+# Serve's fast ingress must be chosen before Ray starts, on every node: NODES of serve_apps/ingress.py.
 ENV RAY_AUTH_MODE=token \
     RAY_SERVE_ENABLE_HA_PROXY=1 \
     RAY_SERVE_THROUGHPUT_OPTIMIZED=1 \
+    RAY_SERVE_HAPROXY_METRICS_ENABLED=0 \
+    RAY_worker_niceness=0 \
+    RAY_SERVE_METRICS_EXPORT_INTERVAL_MS=2000 \
+    RAY_SERVE_CONTROL_LOOP_INTERVAL_S=0.5 \
     RAY_USAGE_STATS_ENABLED=0 \
     MLFLOW_DISABLE_TELEMETRY=true
 

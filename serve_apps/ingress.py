@@ -16,8 +16,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-SWITCHES = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
-"""What an operator sets before `ray start`."""
 _PORTS = range(20_000, 32_000)
 """Above Ray's worker ports and below the kernel's own choice."""
 _REPLICA_PORTS = 100
@@ -27,6 +25,15 @@ _CONTROL_S = 0.5
 """Between the controller's looks at its replicas: at Serve's 0.1 s they take 3% of a core, load or no load."""
 _EXPORT_MS = 2000
 """Between exports of Serve's own counts in each replica; at its 100 ms they take 2% of a core."""
+NODES = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a line a request, parsed in Python; replicas count too
+    "RAY_worker_niceness": "0",  # Ray's own 15 is for work in the background; answering is not
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": str(_EXPORT_MS),
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": str(_CONTROL_S),
+}
+"""What every node has before `ray start`: in the image by its ENV, else by the operator (docs/serving.md)."""
 _IDLE_S = 120
 """A connection on which nothing moves for so long is closed."""
 _SOCKET_PATH_LIMIT = 107
@@ -55,20 +62,16 @@ def variables(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": folder / "metrics.sock",
     }
     return {
-        **SWITCHES,
+        **NODES,
         **{name: str(path) for name, path in files.items()},
         "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
-        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a line a request, parsed in Python; replicas count too
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(_IDLE_S),
         "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(_IDLE_S),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 2) // 2))),
-        "RAY_worker_niceness": "0",  # Ray's own 15 is for work in the background; answering is not
         "RAY_enable_metrics_collection": "0",  # Ray's own, for its dashboard; /metrics is ours
         "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "1",  # new files are looked for twice a second, not ten times
-        "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": str(_EXPORT_MS),
-        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": str(_CONTROL_S),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + _REPLICA_PORTS),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(_DRAIN_S),

@@ -12,6 +12,8 @@ from conftest import ROOT
 from docker.utils.build import exclude_paths
 from dockerfile_parse import DockerfileParser
 
+from serve_apps.ingress import NODES
+
 DOCKERFILE = ROOT / "Dockerfile"
 ENTRYPOINT = ROOT / "container" / "entrypoint.sh"
 
@@ -65,9 +67,17 @@ def test_the_image_is_not_root_and_can_be_asked_for_its_health(steps: list[dict[
 def test_the_environment_has_token_authentication_and_no_secret(steps: list[dict[str, Any]]) -> None:
     environment = dict(re.findall(r"(\w+)=(\S+)", " ".join(values(steps, "ENV"))))
     assert environment["RAY_AUTH_MODE"] == "token"
-    assert environment["RAY_SERVE_ENABLE_HA_PROXY"] == environment["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == "1"
     named = [*environment, *(value.partition("=")[0] for value in values(steps, "ARG"))]
     assert not [name for name in named if re.search("TOKEN|SECRET|PASSWORD|KEY", name)]
+
+
+def test_the_environment_and_the_page_have_what_every_node_needs_to_serve(steps: list[dict[str, Any]]) -> None:
+    environment = dict(re.findall(r"(\w+)=(\S+)", " ".join(values(steps, "ENV"))))
+    ours = ("RAY_SERVE_", "RAY_worker_")
+    assert {name: value for name, value in environment.items() if name.startswith(ours)} == NODES
+    exports = re.findall(r"^    export (.*?)(?:  .*)?$", (ROOT / "docs" / "serving.md").read_text(), re.MULTILINE)
+    named = dict(re.findall(r"(\w+)=(\S+)", " ".join(exports)))
+    assert {name: value for name, value in named.items() if name.startswith(ours)} == NODES
 
 
 def test_the_context_is_the_code_and_its_pins_alone() -> None:

@@ -30,7 +30,7 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_servers_share_neither_ports_nor_files(tmp_path: Path) -> None:
     one, two = (ingress.variables(tmp_path / name) for name in ("one", "two"))
     for variables in (one, two):
-        assert variables.items() >= ingress.SWITCHES.items()
+        assert variables.items() >= ingress.NODES.items()
     for name in ("STATS_PORT", "METRICS_PORT"):
         assert one[f"RAY_SERVE_HAPROXY_{name}"] != two[f"RAY_SERVE_HAPROXY_{name}"]
     for name in (name for name, value in one.items() if value.startswith(str(tmp_path))):
