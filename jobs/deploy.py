@@ -7,9 +7,10 @@ the file's `tracking_uri`. Deployed already, the same file changes nothing, and 
 import contextlib
 import json
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import yaml
@@ -18,8 +19,13 @@ from jobs import _cli, _progress
 from meanet.errors import UserError, exit_on_user_error
 from meanet.tracking import Tracker
 
+if TYPE_CHECKING:
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
 CONFIG = Path(__file__).parent.parent / "serve_apps" / "meanet.yaml"
 _POLL_S = 0.5
+_LOOK_S = 30.0
+"""How long the dashboard may take to say how things are; a deployment may take all that is left of `--wait-s`."""
 
 
 @dataclass(frozen=True)
@@ -60,18 +66,18 @@ class Deployment:
     """An application on a cluster, by its dashboard's REST API."""
 
     def __init__(self, dashboard: str, config: dict[str, Any], wait_s: float) -> None:
-        from ray.dashboard.modules.serve.sdk import ServeSubmissionClient  # brings the token along
-
         (self._application,) = config["applications"]
         self.name: str = self._application["name"]
-        self._config, self._deadline, self._wait_s = config, time.monotonic() + wait_s, wait_s
-        try:
-            self._client = ServeSubmissionClient(dashboard)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"no Ray dashboard answers at {dashboard} ({str(error).splitlines()[0]}): start the cluster, or "
-                "correct RAY_DASHBOARD_ADDRESS"
-            ) from error
+        self._dashboard, self._config = dashboard, config
+        self._deadline, self._wait_s = time.monotonic() + wait_s, wait_s
+        with _token_wanted(dashboard):
+            try:
+                self._client = _client(dashboard, lambda: self._deadline - time.monotonic())
+            except (OSError, RuntimeError, ValueError) as error:  # those of requests are OSErrors
+                raise UserError(
+                    f"no Ray dashboard answers at {dashboard} ({_first_line(error)}): start the cluster, or "
+                    "correct RAY_DASHBOARD_ADDRESS"
+                ) from error
 
     def run(self) -> str:
         """Deploy and wait; returns the URL.
@@ -80,7 +86,7 @@ class Deployment:
             UserError: it is refused, fails, or takes too long; the message ends with Serve's reason.
         """
         try:
-            self._client.deploy_applications(self._config)
+            self._outwait(lambda: self._client.deploy_applications(self._config), OSError)
         except RuntimeError as error:
             raise UserError(f"Serve refuses the config: {_last_line(str(error))}") from error
         details, status = {}, ""
@@ -97,11 +103,18 @@ class Deployment:
         return f"http://{options['host']}:{options['port']}"
 
     def _details(self) -> dict[str, Any]:
+        found: dict[str, Any] = self._outwait(self._client.get_serve_details, OSError, RuntimeError)  # a busy dashboard
+        return found
+
+    def _outwait(self, ask: Callable[[], Any], *passing: type[Exception]) -> Any:
+        """The dashboard's answer, asked again after errors that pass, while there is time; to deploy twice is to deploy
+        once."""
         while True:
-            with contextlib.suppress(RuntimeError, ConnectionError):  # a busy dashboard
-                found: dict[str, Any] = self._client.get_serve_details()
-                return found
-            self._check_time("the dashboard does not answer")
+            try:
+                with _token_wanted(self._dashboard):
+                    return ask()
+            except passing as error:
+                self._check_time(f"the dashboard does not answer ({_first_line(error)})")
 
     def _check_time(self, what: str) -> None:
         if time.monotonic() > self._deadline:
@@ -124,6 +137,36 @@ class Deployment:
             self._check_time(f"{url} serves version {known.get('version', 'unknown')}, and not {version} yet")
 
 
+def _client(dashboard: str, left_s: Callable[[], float]) -> "ServeSubmissionClient":
+    """Ray's own, which brings the token along, but none of its requests waits for ever."""
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+    class Client(ServeSubmissionClient):
+        def _do_request(self, method: str, *args: Any, **kwargs: Any) -> Any:
+            left = max(1.0, left_s())
+            return super()._do_request(method, *args, timeout=left if method == "PUT" else min(_LOOK_S, left), **kwargs)
+
+    return Client(dashboard)
+
+
+@contextlib.contextmanager
+def _token_wanted(dashboard: str) -> Iterator[None]:
+    """The remedy, where the dashboard lets nobody in who has not its token.
+
+    Raises:
+        UserError: it does not let us in.
+    """
+    from ray.exceptions import AuthenticationError
+
+    try:
+        yield
+    except AuthenticationError as error:
+        raise UserError(
+            f"the dashboard at {dashboard} wants the cluster's token ({error.message.splitlines()[0]}): set "
+            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file that its nodes were started with"
+        ) from error
+
+
 def _version_of(url: str) -> dict[str, Any]:
     try:
         answer = httpx.get(f"{url}/v1/version", timeout=10)
@@ -139,6 +182,10 @@ def _why(application: dict[str, Any]) -> str:
     messages = [one.get("message", "") for one in ill]
     found = next((message for message in messages if message.strip()), application.get("message", ""))
     return _last_line(found) or "Serve says nothing about it"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def _last_line(text: str) -> str:
