@@ -73,19 +73,27 @@ def make_base(root: Path, debian: str) -> None:
     run(place, ["/bin/sh", "-c", "ldconfig && python -m ensurepip && ln -s pip3 /usr/local/bin/pip"], {})
 
 
-def pip_settings(folder: Path) -> dict[str, Path]:
-    """This machine's pip settings as files to show to the steps that install: nothing of them stays in the image."""
+@contextlib.contextmanager
+def pip_settings(folder: Path) -> Iterator[dict[str, Path]]:
+    """This machine's pip settings as files to show to the steps that install: nothing of them stays in the image, nor,
+    for an index may have credentials, in the folder; nobody else can read them there while the block runs."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
     ).stdout
     found = dict(re.findall(r"^(?:global|:env:)\.([\w-]+)='(.*)'$", listed.replace(":env:..", ":env:."), re.MULTILINE))
     conf = folder / "pip.conf"
-    conf.write_text("[global]\n" + "".join(f"{name} = {value}\n" for name, value in found.items()))
+    text = "[global]\n" + "".join(f"{name} = {value}\n" for name, value in found.items())
     paths = {part.removeprefix("file://") for value in found.values() for part in value.split()}
     shown = {_mount_point(path): Path(_mount_point(path)) for path in paths if path.startswith("/")}
-    return {"/etc/pip.conf": conf, "/etc/resolv.conf": Path("/etc/resolv.conf")} | {
-        inside: path for inside, path in shown.items() if path.exists()
-    }
+    conf.unlink(missing_ok=True)  # of a build that was killed
+    conf.touch(mode=0o600, exist_ok=False)
+    try:
+        conf.write_text(text)
+        yield {"/etc/pip.conf": conf, "/etc/resolv.conf": Path("/etc/resolv.conf")} | {
+            inside: path for inside, path in shown.items() if path.exists()
+        }
+    finally:
+        conf.unlink()
 
 
 def _mount_point(path: str) -> str:

@@ -81,7 +81,7 @@ class Build:
     def __init__(self, folder: Path, build_args: dict[str, str], say: Callable[[str], None]) -> None:
         self.folder, self.build_args, self.say = folder, build_args, say
         self.stages: list[Stage] = []
-        self.settings = namespaces.pip_settings(folder)
+        self.settings: dict[str, Path] = {}
 
     def run(self, dockerfile: Path) -> Stage:
         """The last stage, when every step has been run.
@@ -96,8 +96,9 @@ class Build:
         declared = {value.split("=")[0] for value in (s["value"] for s in steps if s["instruction"] == "ARG")}
         if unknown := set(self.build_args) - declared:
             raise StepError(f"--build-arg {', '.join(sorted(unknown))}: the Dockerfile has only {sorted(declared)}")
-        for step in steps:
-            self._step(step["startline"] + 1, step["instruction"], step["value"])
+        with namespaces.pip_settings(self.folder) as self.settings:
+            for step in steps:
+                self._step(step["startline"] + 1, step["instruction"], step["value"])
         return self.stages[-1]
 
     def _step(self, line: int, instruction: str, value: str) -> None:

@@ -1,6 +1,8 @@
 """The script that runs the Dockerfile's steps: how it reads them, with stand-ins for base image and chroot."""
 
+import contextlib
 import importlib
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -49,7 +51,7 @@ def ran(steps: Any, monkeypatch: pytest.MonkeyPatch) -> Recorded:
     recorded = Recorded()
     monkeypatch.setattr(steps.namespaces, "make_base", base)
     monkeypatch.setattr(steps.namespaces, "run", recorded)
-    monkeypatch.setattr(steps.namespaces, "pip_settings", lambda folder: {})
+    monkeypatch.setattr(steps.namespaces, "pip_settings", lambda folder: contextlib.nullcontext({}))
     return recorded
 
 
@@ -115,10 +117,36 @@ def test_an_unknown_build_argument_is_refused(steps: Any, ran: Recorded, tmp_pat
     assert ran.calls == []
 
 
-def test_pip_settings_are_shown_and_not_left(steps: Any, tmp_path: Path) -> None:
-    shown = steps.namespaces.pip_settings(tmp_path)
-    assert shown["/etc/pip.conf"].read_text().startswith("[global]\n")
-    assert all(path.exists() for inside, path in shown.items() if inside != "/etc/resolv.conf")
+@pytest.mark.parametrize("fails", [False, True])
+def test_pip_settings_are_shown_and_not_left(
+    steps: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fails: bool
+) -> None:
+    """While the steps run, and to nobody else: an index may have credentials."""
+    monkeypatch.setenv("PIP_INDEX_URL", "https://user:secret@index.example/simple")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    (tmp_path / "pip.conf").write_text("of a build that was killed")
+    seen: list[str] = []
+
+    def run(place: Any, command: list[str], shown: dict[str, Path]) -> None:
+        conf = shown["/etc/pip.conf"]
+        assert conf.stat().st_mode & 0o777 == 0o600
+        assert all(path.exists() for inside, path in shown.items() if inside != "/etc/resolv.conf")
+        seen.append(conf.read_text())
+        if fails:
+            raise OSError("exit code 1")
+
+    def base(root: Path, debian: str) -> None:
+        (root / "etc").mkdir(parents=True)
+        (root / "etc" / "passwd").write_text("root:x:0:0::/root:/bin/sh\n")
+
+    monkeypatch.setattr(steps.namespaces, "make_base", base)
+    monkeypatch.setattr(steps.namespaces, "run", run)
+    with pytest.raises(steps.StepError) if fails else contextlib.nullcontext():
+        build(steps, tmp_path, "RUN true\n")
+    (text,) = seen
+    assert text.startswith("[global]\n")
+    assert "index-url = https://user:secret@index.example/simple" in text
+    assert not list(tmp_path.rglob("pip.conf"))
 
 
 def test_what_a_machine_lacks_is_named(steps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
