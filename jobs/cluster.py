@@ -103,15 +103,15 @@ class Cluster:
         return self.record is not None and bool(_processes.marked(self.record.mark))
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self, *, wait: bool = False) -> Iterator[None]:
         """While another command changes this cluster, none of ours does.
 
         Raises:
-            UserError: one does.
+            UserError: one does, and is not to be waited for.
         """
         with (self.folder / "lock").open("a") as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise UserError(f"another jobs.cluster is at work in {self.folder}: wait for it to end") from error
             self.record = self._read()
@@ -323,14 +323,17 @@ def _interrupt(_number: int, _frame: Any) -> None:
 
 
 def _until_interrupted(cluster: Cluster) -> None:
-    """Stay until Ctrl-C or SIGTERM, then stop it all."""
+    """Stay until Ctrl-C or SIGTERM, then stop it all, once no other command is at work on it."""
+    assert cluster.record is not None, "it is up"
+    mark = cluster.record.mark
     _progress.say("Ctrl-C stops it")
     try:
         while cluster.running:
             time.sleep(1)
     finally:
-        with cluster.alone():
-            cluster.down()
+        with cluster.alone(wait=True):
+            if cluster.record is not None and cluster.record.mark == mark:  # and not one that was started since
+                cluster.down()
 
 
 @exit_on_user_error

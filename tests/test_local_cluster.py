@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,6 +109,54 @@ def test_interrupted_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     assert _processes.marked(marks[0]) == []
     assert {path.name for path in tmp_path.iterdir()} == {"s3", "mlflow", "logs", "s3-key.json"}
     assert not ours.running
+
+
+def recorded(folder: Path, mark: str) -> cluster.Cluster:
+    """A cluster of one part that is no more than a process."""
+    made = cluster.Cluster(folder)
+    made.record = cluster.Record(mark, str(folder / "temporary"), "127.0.0.1:1", {})
+    made._begin("part", [sys.executable, "-c", "import time; time.sleep(60)"], dict(os.environ))
+    return made
+
+
+def test_interrupt_waits_for_a_command_at_work_and_stops_what_it_has_added(tmp_path: Path, mark: str) -> None:
+    """Ctrl-C of `up --block` while `add` holds the lock."""
+    ours, holds = recorded(tmp_path, mark), threading.Event()
+
+    def add() -> None:
+        other = cluster.Cluster(tmp_path)
+        with other.alone():
+            holds.set()
+            time.sleep(1.5)
+            other._begin("added", [sys.executable, "-c", "import time; time.sleep(60)"], dict(os.environ))
+
+    signal.signal(signal.SIGINT, cluster._interrupt)
+    adding = threading.Thread(target=add)
+    adding.start()
+    assert holds.wait(10)
+    interrupt = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            cluster._until_interrupted(ours)
+        assert _processes.marked(mark) == []
+    finally:
+        adding.join()
+        interrupt.join()
+        _processes.end([], mark, 1)
+    assert not (tmp_path / "cluster.json").exists()
+
+
+def test_a_cluster_that_was_started_since_is_left_alone(tmp_path: Path, mark: str) -> None:
+    """By `down` and `up` while `up --block` looked away."""
+    ours = recorded(tmp_path, mark)
+    cluster.Cluster(tmp_path).down()
+    newer = recorded(tmp_path, f"{mark}-newer")
+    try:
+        cluster._until_interrupted(ours)
+        assert newer.running
+    finally:
+        newer.down()
 
 
 # The life
