@@ -73,7 +73,9 @@ class Record:
 
     id: str
     words: list[str]
-    """The command's: other ones make another life."""
+    """The command's, but for the recipe's name: other ones make another life."""
+    recipe: str = ""
+    """Name: another one makes another life, and so does none (a record of an earlier version)."""
     data: str = ""
     """Source that the first step wrote."""
     url: str = ""
@@ -146,10 +148,12 @@ class Life:
             record = None
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path} cannot be read ({error}): remove it to begin a new life there") from error
-        if record is not None and record.words == self._words and STEPS[-1] not in record.seconds:
+        asked = (self.flags.recipe.name, self._words)
+        if record is not None and (record.recipe, record.words) == asked and STEPS[-1] not in record.seconds:
             _progress.say(f"going on with the interrupted life {record.id} (finished: {', '.join(record.seconds)})")
             return record
-        return Record(f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}", self._words)
+        identity = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        return Record(identity, self._words, self.flags.recipe.name)
 
     def _save(self) -> None:
         write_text(json.dumps(asdict(self.record), indent=2), self.output / "life.json")

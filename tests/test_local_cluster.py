@@ -18,6 +18,7 @@ from jobs._cli import Environment
 from jobs._processes import Part
 from meanet.errors import UserError
 from meanet.recipes import digits
+from meanet.recipes import recipe as named
 
 STUBBORN = """
 import signal, subprocess, sys, time
@@ -164,7 +165,9 @@ def test_a_cluster_that_was_started_since_is_left_alone(tmp_path: Path, mark: st
 STORE = Environment("http://store", "127.0.0.1:1", "http://dashboard", has_store=True)
 
 
-def lives(folder: Path, fails: str | None, done: list[str], monkeypatch: pytest.MonkeyPatch) -> life.Record:
+def lives(
+    folder: Path, fails: str | None, done: list[str], monkeypatch: pytest.MonkeyPatch, recipe: str = "digits"
+) -> life.Record:
     words = ["--main.epochs", "3", "--workers=2", "--no-energy.x", "--data.source", "digits", "--seed", "4"]
 
     def step(_: life.Life, job: str, *given: str) -> list[str]:
@@ -179,7 +182,7 @@ def lives(folder: Path, fails: str | None, done: list[str], monkeypatch: pytest.
         return ["some line", json.dumps(results.get(job, {}))]
 
     monkeypatch.setattr(life.Life, "_step", step)
-    flags = life.Flags(digits(), storage=str(folder / "storage"), output=folder, workers=2)
+    flags = life.Flags(named(recipe), storage=str(folder / "storage"), output=folder, workers=2)
     return life.Life(flags, words, STORE).run()
 
 
@@ -200,6 +203,24 @@ def test_life_stops_with_the_reason_and_goes_on_after_the_last_finished_step(
     done.clear()
     assert lives(tmp_path, None, done, monkeypatch).id != record.id, "a finished life is over"
     assert len(done) == len(life.STEPS)
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["other recipe", "record of an earlier version"])
+def test_interrupted_life_of_another_recipe_is_not_gone_on_with(
+    earlier: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    with pytest.raises(UserError):
+        lives(tmp_path, "tune", done, monkeypatch)
+    record = json.loads((tmp_path / "life.json").read_text())
+    if earlier:
+        del record["recipe"]
+        (tmp_path / "life.json").write_text(json.dumps(record))
+    done.clear()
+    recipe = "digits" if earlier else "cifar100_resnet32_a"
+    assert lives(tmp_path, None, done, monkeypatch, recipe).id != record["id"]
+    assert [line.split()[0] for line in done] == list(life.STEPS)
+    assert done[1].startswith(f"train {recipe} ")
 
 
 def test_interrupted_step_ends_with_the_life(tmp_path: Path) -> None:
