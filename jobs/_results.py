@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from jobs import _progress
 from jobs._study import RESULTS
@@ -25,7 +26,7 @@ class Results:
         self._root, self._uri, self._every_s = root, uri, every_s
         self._copied = set[str]()
         self._record = ""
-        self._lost = False
+        self._lost = self._claimed = False
 
     def fetch(self) -> int:
         """Take what an interrupted study has left there, where the folder here holds no study; returns how many trials.
@@ -81,6 +82,7 @@ class Results:
             UserError: a file cannot be written.
         """
         if self._uri is not None:
+            self._claim()
             count = storage.upload(self._root, self._uri, (*_BASE, *RESULTS))
             _progress.say(f"  {count} files copied to {self._uri}")
 
@@ -97,6 +99,7 @@ class Results:
         """A place that does not answer costs the copy, which is made again, not the study."""
         assert self._uri is not None
         try:
+            self._claim()
             for name in self._new():
                 storage.upload(self._root, self._uri, _BASE if name == "base" else (name,))
                 self._copied.add(name)
@@ -110,12 +113,36 @@ class Results:
                 _progress.say(f"  results are not copied for now: {error}")
             self._lost = True
 
+    def _claim(self) -> None:
+        """Drop there what another study has left: a trial is named by its parameters alone, so that its trials would be
+        taken for this one's. Its record goes first: without one, nothing is gone on with."""
+        assert self._uri is not None
+        if self._claimed:
+            return
+        try:
+            (theirs,) = storage.read_files(self._uri, [_RECORD])
+        except FileNotFoundError:
+            theirs = b""
+        except OSError as error:
+            raise UserError(f"{self._uri}/{_RECORD} cannot be read ({error}): give the same command again") from error
+        if _id(theirs) != _id((self._root / _RECORD).read_bytes()):
+            storage.remove(self._uri, (_RECORD, "trials"))
+        self._claimed = True
+
     def _new(self) -> list[str]:
         """`base` and `trials/<id>` that are whole and not yet copied."""
         found = [f"trials/{path.parent.name}" for path in sorted((self._root / "trials").glob(f"*/{_TRIAL}"))]
         if (self._root / "base" / "exits.parquet").exists():
             found.insert(0, "base")
         return [name for name in found if name not in self._copied]
+
+
+def _id(record: bytes) -> Any:
+    """Of the study that a record is of; None if that is not to be read."""
+    try:
+        return json.loads(record)["id"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _first_two(name: str) -> str:

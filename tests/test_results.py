@@ -68,13 +68,51 @@ def test_trials_arrive_while_the_study_runs_and_another_folder_goes_on_from_them
         "study.json": '{"id": "s", "seconds": {"base": 1}}',
     }
 
-    write(other, {"study.json": '{"seconds": {"report": 1}}', "report.json": "{}"})
+    write(other, {"study.json": '{"id": "s", "seconds": {"report": 1}}', "report.json": "{}"})
     ended = Results(other, uri)
     ended.copy_all()
-    assert json.loads(content(uri)["study.json"])["id"] == "s", "not said to be over before all is there"
+    assert "report" not in json.loads(content(uri)["study.json"])["seconds"], "not said to be over before all is there"
     ended.close()
     assert (content(uri)["report.json"], "report" in content(uri)["study.json"]) == ("{}", True)
     assert Results(tmp_path / "third", uri).fetch() == 0, "a study that is over is not gone on with"
+
+
+@pytest.mark.parametrize(
+    "theirs", ['{"id": "old", "seconds": {"report": 1}}', '{"id": "old", "seconds": {}}', '{"se', None]
+)
+@pytest.mark.parametrize("uri", ["s3://meanet{folder}", "{folder}/there"])
+def test_trials_of_an_older_study_are_not_taken_for_those_of_a_new_one(
+    s3_server: S3Server, tmp_path: Path, uri: str, theirs: str | None
+) -> None:
+    """Other flags, the same parameters: the same names. The new study is killed, and goes on from there elsewhere."""
+    uri = uri.format(folder=tmp_path)
+    old = write(
+        tmp_path / "old", {**ONE, **TWO, "trials/two/model/more": "of the old", "tune/old/tuner.pkl": "its own"}
+    )
+    record = {} if theirs is None else {"study.json": theirs}
+    storage.upload(write(old, record), uri, ("trials", "tune", "study.json"))
+    two = {"trials/two/model/edge": "of the new", "trials/two/trial.json": '{"new": 1}'}
+    here = write(tmp_path / "here", {**BASE, **two, "study.json": '{"id": "new", "seconds": {}}'})
+    with Results(here, uri).following():
+        pass
+    assert {name for name in content(uri) if name.startswith("trials/")} == set(two)
+    assert content(uri)["tune/old/tuner.pkl"] == "its own", "what has a name of its own is left alone"
+    with Results(here, uri).following():  # interrupted, and gone on with here: nothing is dropped
+        assert {name for name in content(uri) if name.startswith("trials/")} == set(two)
+
+    other = tmp_path / "other"
+    assert Results(other, uri).fetch() == 1
+    trials = {
+        path.relative_to(other).as_posix(): path.read_text() for path in other.glob("trials/**/*") if path.is_file()
+    }
+    assert trials == two
+
+
+def test_a_study_whose_trials_are_over_drops_an_older_ones_too(tmp_path: Path) -> None:
+    there = write(tmp_path / "there", {**ONE, "study.json": '{"id": "old", "seconds": {}}'})
+    here = write(tmp_path / "here", {**TWO, "study.json": '{"id": "new", "seconds": {"trials": 1}}'})
+    Results(here, str(there)).copy_all()
+    assert set(content(str(there))) == set(TWO)
 
 
 def test_a_place_that_does_not_answer_costs_the_copy_and_not_the_study(
@@ -85,7 +123,7 @@ def test_a_place_that_does_not_answer_costs_the_copy_and_not_the_study(
     with Results(here, str(blocked / "there"), every_s=0.01).following():
         time.sleep(0.1)
     assert capsys.readouterr().err.count("results are not copied for now") == 1
-    with pytest.raises(UserError, match="cannot be copied"):
+    with pytest.raises(UserError, match=r"there/study.json cannot be read .*give the same command again"):
         Results(write(here, {"report.json": "{}"}), str(blocked / "there")).copy_all()
 
 

@@ -195,6 +195,25 @@ def upload(folder: Path, uri: str, names: Sequence[str]) -> int:
     return len(whole)
 
 
+def remove(uri: str, names: Sequence[str]) -> None:
+    """Remove files and whole folders below a folder, in order; missing ones are left out.
+
+    Raises:
+        UserError: one cannot be removed.
+    """
+    system, root = resolve(uri)
+    for name in names:
+        place = f"{root.rstrip('/')}/{name}"
+        try:
+            kind = system.get_file_info(place).type
+            if kind == fs.FileType.Directory:
+                system.delete_dir(place)
+            elif kind == fs.FileType.File:
+                system.delete_file(place)
+        except OSError as error:
+            raise UserError(f"{uri}/{name} cannot be removed ({error}): remove it, or choose another place") from error
+
+
 def write_text(text: str, path: Path) -> None:
     """Write a whole local file or nothing.
 
