@@ -10,6 +10,7 @@ from typing import Any, Literal
 import tyro
 
 from jobs import _cli, _progress
+from jobs._alone import alone
 from jobs._results import Results
 from jobs._run import RunFolder
 from jobs._study import REPORTS, Record, StudyFolder, TrialLog
@@ -26,7 +27,7 @@ from meanet.phases import phase_keys
 from meanet.proposals import Plan, SearcherName
 from meanet.replay import Outcome, replay
 from meanet.routing import Policy
-from meanet.storage import check_writable, write_parquet, write_text
+from meanet.storage import check_writable, writable_directory, write_parquet, write_text
 from meanet.study import Trial, read_front, read_trials, trial_id, write_trial
 from meanet.study_report import Chosen, Facts
 from meanet.tracking import Tracker
@@ -267,7 +268,12 @@ class StudyJob(ABC):
         return model, ExitsTable.read(base / "exits.parquet")
 
     def _train_default(self, splits: Splits) -> tuple[TrainedModel, ExitsTable]:
-        root, digest = self.root / "base", splits.table.digest
+        root = self.root / "base"
+        with alone(writable_directory(root)):  # it is a run's folder: jobs.train may be told to work there
+            return self._trained_in(root, splits)
+
+    def _trained_in(self, root: Path, splits: Splits) -> tuple[TrainedModel, ExitsTable]:
+        digest = splits.table.digest
         if _evaluated(root, self.recipe, digest):
             return artifact.load(root / "model"), ExitsTable.read(root / "exits.parquet")
         run = RunFolder.begin(root, self.recipe, self.tracker.uri, digest, goal="evaluate")

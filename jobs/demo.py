@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import _cli, _progress, _server
+from jobs._alone import alone
 from jobs._export import export_engines
 from jobs._run import RunFolder, tracked
 from jobs.evaluate import evaluate
@@ -24,7 +25,7 @@ from meanet.evaluation import ExitsTable
 from meanet.onnx_export import Engines
 from meanet.operating_point import Search
 from meanet.stopping import leave_after
-from meanet.storage import write_text
+from meanet.storage import writable_directory, write_text
 from meanet.tracking import Tracker
 from meanet.training import check
 
@@ -158,7 +159,9 @@ def main() -> None:
     environment = _cli.Environment.read()
     flags = _cli.parse_recipe("demo", Flags)
     flags = dataclasses.replace(flags, output=flags.output.absolute())
-    result = Demo(flags, environment).all_stages()
+    demo = Demo(flags, environment)
+    with alone(writable_directory(flags.output)):
+        result = demo.all_stages()
     if flags.json:
         print(json.dumps(result))
         return

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jobs import _cli
+from jobs._alone import alone
 from jobs._run import RunFolder
 from jobs.train import load_splits
 from meanet import artifact, storage
@@ -47,13 +48,13 @@ def evaluate(run: RunFolder, model: TrainedModel) -> ExitsTable:
     return ExitsTable(table, run.exits)
 
 
-@exit_on_user_error
-def main() -> None:
-    """Command-line entry."""
-    environment = _cli.Environment.read()
-    flags = _cli.parse_recipe("evaluate", Flags)
-    output = flags.output or Path("outputs") / flags.recipe.name
-    run = RunFolder.open(output, flags.recipe.name, environment.tracking_uri)
+def evaluate_folder(output: Path, flags: Flags, tracking_uri: str) -> tuple[RunFolder, ExitsTable]:
+    """Evaluate the model in a run's folder, and keep the exits table where the flags say.
+
+    Raises:
+        UserError: there is no model of the recipe and its flags; the data is not what it was trained on.
+    """
+    run = RunFolder.open(output, flags.recipe.name, tracking_uri)
     model = artifact.load(run.model)
     if model.recipe.name != flags.recipe.name:
         raise UserError(
@@ -76,7 +77,18 @@ def main() -> None:
         if flags.exits:
             storage.write_parquet(storage.read_parquet(run.exits), flags.exits)
     if run.record.mlflow_run:
-        Tracker(environment.tracking_uri).log_file(run.record.mlflow_run, run.exits)
+        Tracker(tracking_uri).log_file(run.record.mlflow_run, run.exits)
+    return run, table
+
+
+@exit_on_user_error
+def main() -> None:
+    """Command-line entry."""
+    environment = _cli.Environment.read()
+    flags = _cli.parse_recipe("evaluate", Flags)
+    output = flags.output or Path("outputs") / flags.recipe.name
+    with alone(output):
+        run, table = evaluate_folder(output, flags, environment.tracking_uri)
     outcomes = baselines(table.exits("test"), table.costs, authors_threshold(table.exits("validation")))
     accuracy = {name: outcome.accuracy for name, outcome in outcomes.items()}
     if flags.json:

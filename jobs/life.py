@@ -7,7 +7,6 @@ reason as the last line. Interrupted, the same command goes on after the last fi
 For cron: source the cluster's environment first (docs/operations.md).
 """
 
-import fcntl
 import json
 import secrets
 import signal
@@ -15,13 +14,13 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from jobs import _cli, _progress
+from jobs._alone import alone
 from meanet.errors import UserError, exit_on_user_error
 from meanet.onnx_export import Engines
 from meanet.storage import check_writable, writable_directory, write_text
@@ -119,7 +118,7 @@ class Life:
         Raises:
             UserError: a step fails; its reason ends the message. Or another life is under way here.
         """
-        with self._alone():
+        with alone(self.output, "life"):
             self.record = self._begin()
             for number, step in enumerate(STEPS, 1):
                 if step in self.record.seconds:
@@ -130,15 +129,6 @@ class Life:
                 self.record.seconds[step] = round(time.perf_counter() - started, 2)
                 self._save()
         return self.record
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        with (self.output / "lock").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"another life is under way in {self.output}: wait, or give --output") from error
-            yield
 
     def _begin(self) -> Record:
         path = self.output / "life.json"

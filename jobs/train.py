@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import _cli, _progress
+from jobs._alone import alone
 from jobs._run import RunFolder, tracked
 from meanet import artifact, cluster, data, nodes
 from meanet.artifact import TrainedModel
@@ -202,7 +203,8 @@ def main() -> None:
     splits = load_splits(recipe)
     check(recipe, splits)  # every mistake that can be found is found before an earlier run is replaced
     tracker = Tracker(environment.tracking_uri)
-    with cluster.ray_cluster(environment.ray_address, object_store_bytes(splits)):
+    address, store = environment.ray_address, object_store_bytes(splits)
+    with alone(writable_directory(output)), cluster.ray_cluster(address, store):
         storage = check_cluster(splits, flags.workers, flags.storage, output)
         run = RunFolder.begin(output, recipe, environment.tracking_uri, splits.table.digest, goal="train")
         with tracked(tracker):

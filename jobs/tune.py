@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs import _cli
+from jobs._alone import alone
 from jobs._gates import GatesStudy
 from jobs._run import tracked
 from jobs._study_job import Default, Flags, StudyJob, check_base
@@ -24,6 +25,7 @@ from meanet.judge import Study, reference_of
 from meanet.operating_point import Search
 from meanet.routing import Policy
 from meanet.stopping import leave_after
+from meanet.storage import writable_directory
 from meanet.study import Space, Trial, trial_id
 from meanet.tracking import Tracker
 from meanet.training import check
@@ -109,7 +111,7 @@ def main() -> None:
     make = GatesStudy if flags.space == "gates" else TrainedStudy
     study = make(flags, Tracker(environment.tracking_uri))
     store = object_store_bytes(study.splits) if study.splits else cluster.OBJECT_STORE_BYTES
-    with cluster.ray_cluster(environment.ray_address, store):
+    with alone(writable_directory(study.root)), cluster.ray_cluster(environment.ray_address, store):
         if study.splits:
             check_cluster(study.splits, flags.workers, None, study.root)
         tuning.concurrent_trials(plan)

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from jobs import _processes, cluster, deploy, life
+from jobs._alone import alone
 from jobs._cli import Environment
 from jobs._processes import Part
 from meanet.errors import UserError
@@ -203,6 +204,13 @@ def test_life_stops_with_the_reason_and_goes_on_after_the_last_finished_step(
     done.clear()
     assert lives(tmp_path, None, done, monkeypatch).id != record.id, "a finished life is over"
     assert len(done) == len(life.STEPS)
+
+
+def test_second_life_in_a_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    with alone(tmp_path), pytest.raises(UserError, match=rf"^another life is at work in {tmp_path}: wait"):
+        lives(tmp_path, None, done, monkeypatch)
+    assert done == []
 
 
 @pytest.mark.parametrize("earlier", [False, True], ids=["other recipe", "record of an earlier version"])
