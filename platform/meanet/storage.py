@@ -239,13 +239,16 @@ def check_writable(uri: str) -> str:
         s3.preflight(uri, write=True)
         return uri
     system, path = resolve(uri)
-    marker = f"{path.rstrip('/')}/.writable"
+    marker = f"{path.rstrip('/')}/.writable-{secrets.token_hex(4)}"  # its own: nodes prove it at the same time
     try:
         if isinstance(system, fs.LocalFileSystem):
             system.create_dir(path, recursive=True)
-        with system.open_output_stream(marker) as stream:
-            stream.write(b"")
-        system.delete_file(marker)
+        try:
+            with system.open_output_stream(marker) as stream:
+                stream.write(b"")
+        finally:
+            if system.get_file_info(marker).type == fs.FileType.File:
+                system.delete_file(marker)
     except OSError as error:
         raise UserError(f"{uri} cannot be written ({error}): choose another with --storage") from error
     return path if isinstance(system, fs.LocalFileSystem) else uri
