@@ -36,7 +36,7 @@ class Results:
         """
         if self._uri is None or (self._root / _RECORD).exists() or not storage.has_files(self._uri, _RECORD):
             return 0
-        names = storage.list_files(self._uri)
+        names = [name for name in storage.list_files(self._uri) if not Path(name).name.startswith(".")]  # whole ones
         (record,) = storage.read_files(self._uri, [_RECORD]) if _RECORD in names else (b"",)
         if not record or self._is_over(record):
             return 0

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -163,15 +164,28 @@ def write_parquet(table: pa.Table, uri: str | Path, row_group_size: int | None =
         pq.write_table(table, path, filesystem=system, row_group_size=row_group_size)
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=Path(path).parent, suffix=".partial", delete=False) as part:
-        pq.write_table(table, part, row_group_size=row_group_size)
-    os.replace(part.name, path)
+    part = tempfile.NamedTemporaryFile(dir=Path(path).parent, suffix=".partial", delete=False)  # noqa: SIM115
+    with _nothing_left(Path(part.name)):
+        with part:
+            pq.write_table(table, part, row_group_size=row_group_size)
+        os.replace(part.name, path)
+
+
+@contextmanager
+def _nothing_left(partial: Path) -> Iterator[None]:
+    """A partial file does not outlive a block that fails."""
+    try:
+        yield
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def upload(folder: Path, uri: str, names: Sequence[str]) -> int:
     """Copy some files and whole folders below a local folder to another one, local or s3://; returns how many files.
 
-    What is there is written over; names that begin with a dot, which are not whole yet, and missing ones are left out.
+    What is there is written over, each file as a whole; names that begin with a dot, which are not whole yet, and
+    missing ones are left out.
 
     Raises:
         UserError: one cannot be written.
@@ -185,7 +199,8 @@ def upload(folder: Path, uri: str, names: Sequence[str]) -> int:
         place = f"{root.rstrip('/')}/{name.as_posix()}"
         try:
             if isinstance(system, fs.LocalFileSystem):
-                Path(place).parent.mkdir(parents=True, exist_ok=True)
+                _copy(folder / name, Path(place))
+                continue
             with (folder / name).open("rb") as file, system.open_output_stream(place) as stream:
                 stream.upload(file)
         except OSError as error:
@@ -193,6 +208,15 @@ def upload(folder: Path, uri: str, names: Sequence[str]) -> int:
                 f"{folder / name} cannot be copied to {uri} ({error}): give the same command again"
             ) from error
     return len(whole)
+
+
+def _copy(source: Path, place: Path) -> None:
+    """A whole file or nothing, as an S3 object is: until then under a name that `upload` and readers leave out."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = place.with_name(f".{place.name}-{secrets.token_hex(4)}.partial")
+    with _nothing_left(partial):
+        shutil.copyfile(source, partial)
+        os.replace(partial, place)
 
 
 def remove(uri: str, names: Sequence[str]) -> None:
