@@ -1,8 +1,10 @@
 """s3:// against a real server: what is missing is said, what is written is whole, and an outage is outwaited."""
 
 import json
+import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,53 @@ def test_preflight_says_what_is_missing(
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=says):
         s3.preflight(uri, write=True)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("localhost:9000", r"AWS_ENDPOINT_URL localhost:9000 does not begin with http://"),
+        ("127.0.0.1:9000", r"AWS_ENDPOINT_URL 127.0.0.1:9000 does not begin with http://"),
+        ("minio", r"AWS_ENDPOINT_URL minio does not begin with http://"),
+        ("s3://localhost:9000", r"s3://localhost:9000 does not begin with http://"),
+        ("http://", r"http:// names no host"),
+        ("http://:9000", r"http://:9000 names no host"),
+        ("http://a host", r"names no host"),
+        ("http://localhost:90000", r"localhost:90000 has no host and port that can be read"),
+        ("http://[::1", r"has no host and port that can be read"),
+        ("http://localhost:9000/bucket", r"localhost:9000/bucket has more than a host and a port"),
+        ("http://localhost:9000?secret=1", r"localhost:9000 has more than a host and a port"),
+        ("https://me:secret@localhost", r"localhost has credentials in it, which belong in AWS_ACCESS_KEY_ID"),
+        ("me:sec/ret@localhost:9000", r"localhost:9000 has credentials in it"),
+        ("http://me:secret@[::1", r"has no host and port that can be read"),
+    ],
+)
+@pytest.mark.parametrize(
+    "use", [lambda: s3.preflight("s3://meanet/a"), lambda: storage.resolve("s3://meanet/a"), s3.hand_on_endpoint]
+)
+def test_server_that_is_no_url_is_refused_wherever_it_is_used(
+    monkeypatch: pytest.MonkeyPatch, url: str, says: str, use: Callable[[], object]
+) -> None:
+    """Above all, Amazon is not asked in its place."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    monkeypatch.delenv("MLFLOW_S3_ENDPOINT_URL", raising=False)
+    with pytest.raises(UserError, match=says) as refused:
+        use()
+    assert "set it to http://host:port" in str(refused.value)
+    assert not any(secret in str(refused.value) for secret in ("secret", "sec/ret", "me:"))
+    assert "MLFLOW_S3_ENDPOINT_URL" not in os.environ
+
+
+def test_the_variable_of_s3_alone_comes_first_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://localhost:9000")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "localhost:9001")
+    with pytest.raises(UserError, match=r"^AWS_ENDPOINT_URL_S3 localhost:9001 does not begin"):
+        s3.endpoint()
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://localhost:9001/")
+    assert s3.endpoint() == "http://localhost:9001"
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "")
+    assert s3.endpoint() == "http://localhost:9000"
 
 
 def test_preflight_without_credentials(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

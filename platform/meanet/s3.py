@@ -7,6 +7,7 @@ AWS_SECRET_ACCESS_KEY, AWS_PROFILE. They are read here and handed on to the libr
 import contextlib
 import email.utils
 import os
+import re
 import secrets
 import time
 from datetime import UTC, datetime
@@ -28,8 +29,39 @@ _SKEW_S = 300
 
 
 def endpoint() -> str | None:
-    """The server's URL; None = Amazon's."""
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+    """The server's URL, scheme://host or scheme://host:port; None = Amazon's.
+
+    Raises:
+        UserError: it is none; credentials in it are not repeated.
+    """
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        if text := os.environ.get(name):
+            if wrong := _defect(text):
+                shown = re.split(r"[?#]", text.rpartition("@")[2])[0]
+                raise UserError(
+                    f"{name} {'(...@)' if '@' in text else ''}{shown} {wrong}: set it to http://host:port or "
+                    "https://host"
+                )
+            return text.rstrip("/")
+    return None
+
+
+def _defect(url: str) -> str | None:
+    """What keeps a text from being a server's URL; None if nothing does."""
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        return "has no host and port that can be read"
+    if "@" in url:
+        return "has credentials in it, which belong in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    if parts.scheme not in ("http", "https") or "://" not in url:
+        return "does not begin with http:// or https://"
+    if not host or re.search(r"\s", url):
+        return "names no host"
+    if parts.path.strip("/") or "?" in url or "#" in url:
+        return "has more than a host and a port"
+    return None
 
 
 def region() -> str:
