@@ -151,14 +151,26 @@ def _shared_place() -> Iterator[Path]:
 
 
 def _forget_old(place: Path) -> None:
-    """Versions that were fetched a while ago, and that nobody reads: whoever wanted them has them."""
+    """Versions that were fetched a while ago, and that nobody reads: whoever wanted them has them.
+
+    Other replicas do the same at the same time.
+    """
     for done in place.glob("*.done"):
-        if time.time() - done.stat().st_mtime < _KEPT_S:
+        if not _is_old(done):
             continue
         with done.with_suffix(".lock").open("a") as lock, contextlib.suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(place / done.stem, ignore_errors=True)
-            done.unlink(missing_ok=True)
+            if _is_old(done):  # still: it may have been forgotten, and fetched anew
+                shutil.rmtree(place / done.stem, ignore_errors=True)
+                done.unlink(missing_ok=True)
+
+
+def _is_old(done: Path) -> bool:
+    """Whether it is there, and has been for a while."""
+    try:
+        return time.time() - done.stat().st_mtime >= _KEPT_S
+    except FileNotFoundError:
+        return False
 
 
 def _one_thread() -> None:

@@ -2,6 +2,9 @@
 
 import contextlib
 import dataclasses
+import fcntl
+import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -127,6 +130,55 @@ def test_only_what_nobody_reads_is_forgotten(fetches: list[int], monkeypatch: py
             assert not second.exists(), "it was read, and nobody reads it any more"
     with fetched("sqlite:///store", 1):
         assert fetches == [1, 2, 3]
+
+
+@pytest.fixture
+def old(fetches: list[int], tmp_path: Path) -> list[Path]:
+    """What says that versions 1 and 2 are there, fetched long ago."""
+    for version in (1, 2):
+        with fetched("sqlite:///store", version):
+            pass
+    found = sorted(tmp_path.glob("*.done"))
+    for done in found:
+        os.utime(done, (0, 0))
+    fetches.clear()
+    return found
+
+
+def test_version_that_another_replica_forgets_first_stops_no_fetch(
+    fetches: list[int], old: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove_folder = shutil.rmtree
+
+    def remove(folder: Path, **_words: object) -> None:
+        remove_folder(folder, ignore_errors=True)
+        for done in old:  # between the look at the folder and the look at the file
+            done.unlink(missing_ok=True)
+
+    monkeypatch.setattr(loading.shutil, "rmtree", remove)
+    with fetched("sqlite:///store", 3) as folder:
+        assert (folder / "model.json").read_text() == "3"
+    assert fetches == [3]
+
+
+def test_version_that_was_fetched_anew_meanwhile_is_not_forgotten(
+    fetches: list[int], old: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = fcntl.flock
+
+    def late(file: object, kind: int) -> None:
+        if kind == fcntl.LOCK_EX | fcntl.LOCK_NB:  # had only after another replica has fetched it, and read it
+            for done in old:
+                os.utime(done)
+        lock(file, kind)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loading.fcntl, "flock", late)
+    with fetched("sqlite:///store", 3):
+        pass
+    with fetched("sqlite:///store", 1) as first, fetched("sqlite:///store", 2) as second:
+        assert (first / "model.json").exists()
+        assert (second / "model.json").exists()
+    assert fetches == [3]
 
 
 def test_fetch_that_failed_is_tried_again(fetches: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
