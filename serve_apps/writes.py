@@ -63,7 +63,7 @@ class Writes:
         if crossed:
             return Refusal(403, crossed, {})
         if self.digest is None:
-            if self.open and is_loopback(urlsplit(f"//{headers.get('host', '')}").hostname or ""):
+            if self.open and is_loopback(_name(headers.get("host", ""))):
                 return None
             return Refusal(
                 403,
@@ -94,9 +94,25 @@ def _crossed(headers: Mapping[str, str]) -> str | None:
     if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
         return "a page of another site may not write"
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
+    if origin is not None and not _is_of(origin, headers.get("host", "")):
         return f"a page of {origin!r} may not write here"
     return None
+
+
+def _is_of(origin: str, host: str) -> bool:
+    """Whether an origin is that of the server's own pages; one that cannot be read is not."""
+    try:
+        return urlsplit(origin).netloc.lower() == host.lower()
+    except ValueError:
+        return False
+
+
+def _name(host: str) -> str:
+    """Of a Host header, without the port; empty where it cannot be read."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _token(environment: Mapping[str, str]) -> str | None:

@@ -42,7 +42,7 @@ def test_without_a_token_writes_are_off_but_for_loopback_where_said() -> None:
     opened = Writes.read({}, open_writes=True, host="127.0.0.1")
     for host in ("127.0.0.1:8000", "localhost:8000", "[::1]:8000", "LOCALHOST"):
         assert status(opened, {"host": host}) == 200
-    for host in ("", "rebound.example:8000", "192.168.0.7:8000"):
+    for host in ("", "rebound.example:8000", "192.168.0.7:8000", "[", "[::1", "[v1.a]:8000"):
         assert status(opened, {"host": host}) == 403, "a name that an attacker's DNS points here"
     for host in ("0.0.0.0", "192.168.0.7", None):
         with pytest.raises(UserError, match="open writes on"):
@@ -55,6 +55,9 @@ def test_without_a_token_writes_are_off_but_for_loopback_where_said() -> None:
         {"origin": "https://evil.example"},
         {"origin": "null"},
         {"origin": "http://127.0.0.1:9000"},
+        {"origin": "http://["},
+        {"origin": "http://[", "host": "["},
+        {"origin": "http://[no address]"},
         {"sec-fetch-site": "cross-site"},
         {"sec-fetch-site": "same-site"},
     ],
