@@ -263,7 +263,16 @@ def _json(g: Generator, depth: int = 0) -> object:
     return values if way == 2 else {str(g.choice(keys)): value for value in values}
 
 
+def _crowded(g: Generator, path: str) -> Hostile:
+    """JSON of one thing so often that reading it takes seconds and gigabytes."""
+    one = [b"[]", b"{}", b"0", b'""', b'{"a":0}', b"[[[0]]]", b"1e-300", b"9" * 4000][int(g.integers(8))]
+    body = b'{"inputs":[' + b",".join([one] * min(int(10 ** g.uniform(3, 6.8)), 2**26 // (len(one) + 2))) + b"]}"
+    return Hostile("crowded JSON", path, body, {"content-type": "application/json"})
+
+
 def _v2(shape: Shape, g: Generator) -> Hostile:
+    if g.integers(20) == 0:
+        return _crowded(g, "/v2/models/meanet/infer")
     body, way = file_of(shape, "PNG", g), g.integers(3)
     tensor: dict[str, object] = {"name": "image", "datatype": "BYTES", "shape": [1]}
     headers, binary = {"content-type": "application/json"}, b""
@@ -285,6 +294,8 @@ def _v2(shape: Shape, g: Generator) -> Hostile:
 
 
 def _invocation(shape: Shape, g: Generator) -> Hostile:
+    if g.integers(20) == 0:
+        return _crowded(g, "/invocations")
     text = base64.b64encode(file_of(shape, "PNG", g)).decode()
     plain: list[object] = [
         {"dataframe_split": {"columns": ["image"], "data": [[text], _json(g)]}},

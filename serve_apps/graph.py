@@ -238,7 +238,8 @@ class Edge:
     async def invocations(self, request: Request) -> dict[str, Any]:
         """Classify as `mlflow models serve` would: images in base64, as a frame or as inputs."""
         body = await read_body(request, MAX_BATCH_BYTES)
-        images, wishes = invocations.read(body, request.headers.get("content-type", ""), MAX_BATCH_IMAGES)
+        kind = request.headers.get("content-type", "")
+        images, wishes = await asyncio.to_thread(invocations.read, body, kind, MAX_BATCH_IMAGES)
         return invocations.predictions(await self.answers(images, wishes))
 
     @api.get("/v1/model")

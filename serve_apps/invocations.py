@@ -6,13 +6,13 @@ Source: https://mlflow.org/docs/latest/ml/deployment/deploy-model-locally/ (JSON
 
 import base64
 import binascii
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from fastapi import HTTPException
 from pydantic import ValidationError
 
+from serve_apps import json_size
 from serve_apps.http import Answer, Wishes
 
 COLUMNS = ("class_id", "class_name", "exit", "confidence", "entropy")
@@ -26,13 +26,16 @@ def read(body: bytes, content_type: str, limit: int) -> tuple[list[bytes], Wishe
     """The images of a request, in order, and what its `params` wish.
 
     Raises:
-        HTTPException: 415 unless it is JSON; 400 with the reason for what cannot be read; 413 above `limit` images.
+        HTTPException: 415 unless it is JSON; 400 with the reason for what cannot be read; 413 above `limit` images,
+            or for more structure than their JSON has.
     """
     kind = content_type.split(";", maxsplit=1)[0].strip().lower()
     if kind not in ("application/json", ""):
         raise HTTPException(415, f"content type {kind!r}: send application/json")
     try:
-        plain = json.loads(body)
+        plain = json_size.loads(body)
+    except json_size.CrowdedError as error:
+        raise HTTPException(413, str(error)) from error
     except (ValueError, RecursionError) as error:
         raise HTTPException(400, f"the body's JSON cannot be read: {error}") from error
     given = [key for key in _KEYS if isinstance(plain, dict) and key in plain]

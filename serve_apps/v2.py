@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from serve_apps import json_size
 from serve_apps.http import Answer
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -101,7 +102,9 @@ def read(body: bytes, header_length: str | None, limit: int) -> Request:
             raise RefusedError(f"{HEADER_LENGTH} is {header_length!r} and the body has {len(body)} bytes")
         cut = int(header_length)
     try:
-        plain = json.loads(body[:cut])
+        plain = json_size.loads(body[:cut])
+    except json_size.CrowdedError as error:
+        raise RefusedError(str(error)) from error
     except (ValueError, RecursionError) as error:
         raise RefusedError(f"the body's JSON cannot be read: {error}") from error
     if not isinstance(plain, dict):
@@ -199,13 +202,20 @@ def _from_json(kind: str, shape: list[int], data: list[Any]) -> tuple[list[bytes
             return [base64.b64decode(one, validate=True) for one in data], None
         except (binascii.Error, ValueError) as error:
             raise RefusedError(f"the input's data is no base64: {error}") from error
+    wanted = math.prod(shape)
+    if wanted > json_size.MAX_NUMBERS:
+        raise RefusedError(
+            f"UINT8 of shape {shape} has {wanted} numbers and the limit in JSON is {json_size.MAX_NUMBERS}: "
+            "send fewer images at a time, as files or as a binary tensor"
+        )
     try:
         values = np.array(data, dtype=object).ravel()
-        sound = all(isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255 for value in values)
     except ValueError:  # lists of different lengths
-        sound, values = False, np.zeros(0)
-    if not sound or len(values) != math.prod(shape):
-        raise RefusedError(f"the input's data must hold {math.prod(shape)} whole numbers of 0..255")
+        values = np.zeros(0)
+    if len(values) != wanted or not all(
+        isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255 for value in values
+    ):
+        raise RefusedError(f"the input's data must hold {wanted} whole numbers of 0..255")
     return None, values.astype(np.uint8).reshape(shape)
 
 
