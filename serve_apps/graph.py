@@ -82,7 +82,7 @@ class AppArgs(BaseModel):
     """MLflow store whose registry holds the model."""
     version: str = "champion"
     """Version number, or an alias, which is followed: a version that it comes to point at is rolled out."""
-    follow_s: float = Field(default=FOLLOW_S, ge=0)
+    follow_s: float = Field(default=FOLLOW_S, ge=0, allow_inf_nan=False)
     """How often MLflow is asked where the alias points, s; 0 = never."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Deadlines, breaker, bounds, budget and audit (`serve_apps.settings`) to begin with."""
@@ -268,11 +268,16 @@ class Edge:
 
 
 def app(args: AppArgs) -> serve.Application:
-    """The application: `serve deploy serve_apps/meanet.yaml`, or `python -m serve_apps`."""
-    from meanet.tracking import Tracker
+    """The application: `serve deploy serve_apps/meanet.yaml`, or `python -m serve_apps`.
+
+    Raises:
+        UserError: the store's address holds a password; settings, version or open writes make no sense.
+    """
+    from meanet.tracking import Tracker, store_uri
 
     Settings().updated(args.settings)  # refused here, where it is read
-    version = Tracker(args.tracking_uri).version_of(args.version)
+    tracking_uri = store_uri(args.tracking_uri, "tracking_uri")
+    version = Tracker(tracking_uri).version_of(args.version)
     running = _get_global_client(raise_if_no_controller_running=False)
     host = running.http_config.host if running else None
     writes = Writes.read(os.environ, open_writes=args.open_writes, host=host)
@@ -283,8 +288,8 @@ def app(args: AppArgs) -> serve.Application:
     edge_deployment: Any = Edge
     control = control_deployment.options(
         user_config={"settings": args.settings, "version": args.version, "follow_s": args.follow_s}
-    ).bind(args.tracking_uri, version, args.version, uuid.uuid4().hex)
-    links = Links(args.tracking_uri, version, args.engine, control)
+    ).bind(tracking_uri, version, args.version, uuid.uuid4().hex)
+    links = Links(tracking_uri, version, args.engine, control)
     cloud = cloud_deployment.options(**options(args.cloud_replicas, "cloud", args.pin, resources, args.num_cpus))
     edge = edge_deployment.options(**options(args.edge_replicas, "edge", args.pin, resources, args.num_cpus))
     graph: serve.Application = edge.bind(links, cloud.bind(links), writes, args.access_log)

@@ -183,6 +183,7 @@ def test_password_in_the_stores_address_is_refused_and_not_repeated(uri: str) ->
     with pytest.raises(UserError, match=r"password for (mlflow|db).*MLFLOW_TRACKING_PASSWORD") as refused:
         store_uri(uri)
     assert "s3cret" not in str(refused.value)
+    assert str(refused.value).startswith("MLFLOW_TRACKING_URI holds")
 
 
 @pytest.mark.parametrize(

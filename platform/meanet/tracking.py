@@ -44,10 +44,14 @@ _SQLITE = "sqlite:///"
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
-def store_uri(configured: str | None) -> str:
+def store_uri(configured: str | None, setting: str = "MLFLOW_TRACKING_URI") -> str:
     """The configured tracking URI, or the embedded store: SQLite in outputs/mlflow, artifacts beside it.
 
     A SQLite file is named by its absolute path: workers and replicas run in other folders.
+
+    Args:
+        configured: the URI, if there is one.
+        setting: that holds it.
 
     Raises:
         UserError: it holds a password, and what names a store is printed and kept.
@@ -55,7 +59,7 @@ def store_uri(configured: str | None) -> str:
     uri = configured or "sqlite:///outputs/mlflow/mlflow.db"
     if urlsplit(uri).password:
         raise UserError(
-            f"MLFLOW_TRACKING_URI holds a password for {urlsplit(uri).hostname}, and would be printed and kept: for a "
+            f"{setting} holds a password for {urlsplit(uri).hostname}, and would be printed and kept: for a "
             "server leave it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD; before a database "
             "start `mlflow server` and give its address"
         )
