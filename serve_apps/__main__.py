@@ -6,6 +6,7 @@ Runs on the cluster in RAY_ADDRESS, or on a local one of its own.
 import contextlib
 import errno
 import json
+import math
 import os
 import signal
 import socket
@@ -65,7 +66,7 @@ class Flags:
     access_log: bool = False
     """A line in an edge replica's log for each request."""
     ready_file: Path | None = None
-    """Where to write {"url", "version"} once requests are answered."""
+    """Where to write {"url", "pid"} once requests are answered."""
 
 
 def free_port(host: str, port: int) -> int:
@@ -156,6 +157,8 @@ def main() -> None:
     tracking_uri = store_uri(os.environ.get("MLFLOW_TRACKING_URI"))
     if not os.environ.get("RAY_ADDRESS"):
         free_port(flags.host, flags.port)  # before a cluster starts; a running one may serve at an address of its own
+    if not 0 <= flags.follow_s < math.inf:
+        raise UserError(f"--follow-s is {flags.follow_s:g}: it must be a number of seconds, or 0 for never")
     edge_replicas = replicas_of(flags.edge_replicas, "--edge-replicas")
     cloud_replicas = replicas_of(flags.cloud_replicas, "--cloud-replicas")
     Writes.read(os.environ, open_writes=flags.open_writes, host=flags.host)  # before a cluster starts

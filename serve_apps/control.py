@@ -6,6 +6,7 @@ long as the cluster that it describes, is there when MLflow is not, and a restar
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any
@@ -80,8 +81,9 @@ class Control:
         Raises:
             UserError: it makes no sense.
         """
+        follow_s = _checked_follow_s(user_config.get("follow_s", FOLLOW_S))  # before any of it is kept
         await self._director.configure(user_config)
-        self._follow_s = float(user_config.get("follow_s", FOLLOW_S))
+        self._follow_s = follow_s
         if self._following is None:
             self._following = asyncio.get_running_loop().create_task(self._follow())
 
@@ -128,3 +130,9 @@ class Control:
             away = isinstance(error, AwayError)
             outcome = Outcome(False, str(error), nonsense=not away, away=away)
         return outcome, self._director.view()
+
+
+def _checked_follow_s(given: Any) -> float:
+    if not isinstance(given, int | float) or isinstance(given, bool) or not 0 <= given < math.inf:
+        raise UserError(f"user_config's follow_s is {given!r}: it must be a number of seconds, or 0 for never")
+    return float(given)

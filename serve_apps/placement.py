@@ -1,7 +1,7 @@
 """How many replicas there are, and on which nodes: edge and cloud apart from each other."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -44,7 +44,7 @@ class Scaling(BaseModel):
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 _FRONT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_apps.front.middlewares"}
 """Of edge replicas."""
-Replicas = int | Scaling
+Replicas = Annotated[int, Field(ge=1)] | Scaling
 """A fixed number, or a range."""
 
 

@@ -280,6 +280,17 @@ def test_serving_on_a_busy_port_or_without_a_champion(job: Job, folder: Path, tm
     none = job("serve_apps.__main__", "--edge-replicas", "0", "--port", "0", MLFLOW_TRACKING_URI=store)
     assert none.returncode == 1
     assert "--edge-replicas is 0: it must be 1 or more" in none.stderr
+    for seconds in ("-1", "nan", "inf"):
+        none = job("serve_apps.__main__", f"--follow-s={seconds}", "--port", "0", MLFLOW_TRACKING_URI=store)
+        assert none.returncode == 1
+        assert f"--follow-s is {seconds}: it must be a number of seconds, or 0 for never" in none.stderr
+
+
+def test_help_of_serving_names_what_the_ready_file_holds(job: Job) -> None:
+    """As `tests/conftest.py` and the benchmarks read it."""
+    done = job("serve_apps.__main__", "--help", COLUMNS="200")
+    assert done.returncode == 0
+    assert '{"url", "pid"}' in " ".join(done.stdout.replace("\u2502", " ").split())
 
 
 def test_describe_says_what_blocks_and_exits_cost(job: Job, folder: Path) -> None:

@@ -49,3 +49,10 @@ def test_replicas_ask_for_nodes_of_their_own(
 def test_senseless_ranges_are_refused(scaling: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="edge_replicas"):
         AppArgs.model_validate({"tracking_uri": "x", "edge_replicas": scaling})
+
+
+@pytest.mark.parametrize("count", [0, -1])
+@pytest.mark.parametrize("place", ["edge_replicas", "cloud_replicas"])
+def test_deployment_without_replicas_is_refused(place: str, count: int) -> None:
+    with pytest.raises(ValueError, match=rf"(?s){place}.*greater than or equal to 1.*input_value={count}"):
+        AppArgs.model_validate({"tracking_uri": "x", place: count})
