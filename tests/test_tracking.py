@@ -178,6 +178,11 @@ def test_relative_store_is_one_file_wherever_it_is_named(tmp_path: Path, monkeyp
     assert store_uri("http://mlflow:5000") == "http://mlflow:5000"
 
 
+def test_address_that_is_none_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^tracking_uri is no address \(Invalid IPv6 URL\): correct it"):
+        store_uri("http://[", "tracking_uri")
+
+
 @pytest.mark.parametrize("uri", ["https://me:s3cret@mlflow:5000", "postgresql://me:s3cret@db/mlflow"])
 def test_password_in_the_stores_address_is_refused_and_not_repeated(uri: str) -> None:
     with pytest.raises(UserError, match=r"password for (mlflow|db).*MLFLOW_TRACKING_PASSWORD") as refused:

@@ -35,9 +35,9 @@ from meanet.artifact import TrainedModel
 from meanet.data import Images
 from meanet.errors import AwayError, UserError
 from meanet.routing import policy_id
+from meanet.storage import writable_directory
 
-MODEL = "meanet"
-EXPERIMENT = "meanet"
+MODEL = EXPERIMENT = "meanet"
 CANDIDATE, CHAMPION = "candidate", "champion"
 _PREVIOUS = "previous_champion"
 _SQLITE = "sqlite:///"
@@ -47,19 +47,19 @@ _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 def store_uri(configured: str | None, setting: str = "MLFLOW_TRACKING_URI") -> str:
     """The configured tracking URI, or the embedded store: SQLite in outputs/mlflow, artifacts beside it.
 
-    A SQLite file is named by its absolute path: workers and replicas run in other folders.
-
-    Args:
-        configured: the URI, if there is one.
-        setting: that holds it.
+    A SQLite file is named by its absolute path: workers and replicas run in other folders. Messages name the `setting`.
 
     Raises:
-        UserError: it holds a password, and what names a store is printed and kept.
+        UserError: it is no address, or holds a password, and what names a store is printed and kept.
     """
     uri = configured or "sqlite:///outputs/mlflow/mlflow.db"
-    if urlsplit(uri).password:
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise UserError(f"{setting} is no address ({error}): correct it, or unset it for the embedded store") from error
+    if parts.password:
         raise UserError(
-            f"{setting} holds a password for {urlsplit(uri).hostname}, and would be printed and kept: for a "
+            f"{setting} holds a password for {parts.hostname}, and would be printed and kept: for a "
             "server leave it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD; before a database "
             "start `mlflow server` and give its address"
         )
@@ -379,10 +379,7 @@ def _sqlite_folder(uri: str) -> Path | None:
 
 def _check_reachable(uri: str) -> None:
     """Fail in seconds, not after MLflow's minutes of retries."""
-    folder = _sqlite_folder(uri)
-    if folder:
-        from meanet.storage import writable_directory
-
+    if folder := _sqlite_folder(uri):
         writable_directory(folder, "MLFLOW_TRACKING_URI")
         store = Path(uri.removeprefix(_SQLITE))
         if store.exists() and not os.access(store, os.W_OK):
