@@ -1,10 +1,15 @@
-"""A command's process ends with its status, and takes nothing apart where that was asked for."""
+"""A command's process ends with its status, and takes nothing apart where that was asked for; and how a Ray begins."""
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+import ray
 from conftest import ENVIRONMENT, ROOT
+
+from meanet import cluster
+from meanet.errors import UserError
 
 _COMMAND = """
 import atexit, sys
@@ -68,3 +73,53 @@ def test_cluster_that_was_joined_is_left_standing() -> None:
         timeout=150,
     )
     assert done.stdout.splitlines() == ["3 [1, 1]", "3 [1, 1]", "taken apart 0 of 2", "free 2.0"], done.stderr
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_local_ray_that_does_not_come_up_in_time_is_tried_twice(monkeypatch: pytest.MonkeyPatch, again: bool) -> None:
+    """What the first try has left is ended: it would hold CPUs and memory for as long as this process lives."""
+    left: list[subprocess.Popen[bytes]] = []
+
+    def init(*, _temp_dir: str, **_options: Any) -> None:
+        if left and not again:
+            return
+        started = subprocess.Popen(
+            [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)", _temp_dir],
+            stdout=subprocess.PIPE,
+        )
+        left.append(started)
+        assert started.stdout is not None
+        started.stdout.readline()
+        started.stdout.close()
+        raise Exception("The current node timed out during startup. This could happen ...")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: ray)
+    monkeypatch.setattr(ray, "gcs_address", "127.0.0.1:1", raising=False)
+    try:
+        if again:
+            with pytest.raises(UserError, match="timed out during startup"), cluster.ray_cluster(None):
+                pytest.fail("there is none")
+            assert len(left) == 2
+        else:
+            with cluster.ray_cluster(None) as address:
+                assert address == "127.0.0.1:1"
+        assert left[0].wait(10) == -9
+    finally:
+        for process in left:
+            process.kill()
+            process.wait()
+
+
+def test_cluster_that_cannot_be_joined_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[str] = []
+
+    def init(*, address: str, **_options: Any) -> None:
+        tries.append(address)
+        raise ConnectionError("timed out during startup")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(UserError, match="no Ray cluster can be used at a:1 "), cluster.ray_cluster("a:1"):
+        pytest.fail("there is none")
+    assert tries == ["a:1"]

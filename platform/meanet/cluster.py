@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -80,7 +81,7 @@ def ray_cluster(
         else:
             options = {"address": address}
         try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace="meanet", **options)
+            _init(options)
         except Exception as error:  # Ray raises bare ones, too
             raise UserError(
                 f"no Ray cluster can be used at {address or 'this machine'} ({str(error).splitlines()[0]}): start one "
@@ -91,13 +92,32 @@ def ray_cluster(
         yield str(ray.get_runtime_context().gcs_address)
 
 
+def _init(options: dict[str, Any]) -> None:
+    """Start or join a Ray; a local one in a second try, too: Ray gives its processes thirty seconds to come up, which a
+    machine that is busy with other things may need."""
+    begin = functools.partial(ray.init, log_to_driver=False, logging_level=logging.ERROR, namespace="meanet", **options)
+    try:
+        begin()
+    except Exception as error:
+        if "_temp_dir" not in options or "timed out during startup" not in str(error):
+            raise
+        _end_processes_of(options["_temp_dir"])
+        begin()
+
+
+def _end_processes_of(folder: str) -> None:
+    """What a start that failed has left: Ray ends it with this process only, and it is in the way until then."""
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it is gone, or another user's
+            if folder.encode() in command.read_bytes():
+                os.kill(int(command.parent.name), signal.SIGKILL)
+
+
 def _disconnect(*, joined: bool) -> None:
-    """End what `ray.init` began. A cluster that was joined hears of it from the end of the process, where that follows:
-    to take a driver apart is not safe in Ray 2.60. Its replies to other nodes are sent by threads that nobody waits for
-    (`GetServerCallExecutor` of src/ray/rpc/server_call.h), and one that comes late reads what `ray.shutdown` has freed:
-    SIGSEGV, exit status 139, after all the work was done. Ray leaves its own workers standing, too
-    (https://github.com/ray-project/ray/pull/18899).
-    """
+    """End what `ray.init` began. A cluster that was joined hears of it from the process's end, where that follows: Ray
+    2.60 frees a driver's core worker while its replies to other nodes may wait for threads that nobody joins
+    (`GetServerCallExecutor` of src/ray/rpc/server_call.h): SIGSEGV, after all the work was done. Its own workers it
+    leaves standing, too (https://github.com/ray-project/ray/pull/18899)."""
     if not (joined and leave_at_once()):
         ray.shutdown()
 
@@ -308,9 +328,7 @@ def train(
     groups = phase_groups(num_workers, streaming=streaming) if parallel else (PHASES,)
     workers = scaling(num_workers, streaming=streaming, groups=len(groups))
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    mailbox = (
-        ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
-    )  # no other node's loss ends it
+    mailbox = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()  # another node may be lost
     config = {"recipe": recipe.to_dict(), "mailbox": mailbox, "splits": ray.put(splits)}
     runs = [_Run(storage, name if phases[0] == PHASES[0] else f"{name}-{phases[0]}", phases) for phases in groups]
     with _forward(mailbox, on_event):
