@@ -21,6 +21,7 @@ from serve_apps.backlog import Backlog
 from serve_apps.edge import EdgeService
 from serve_apps.events import REQUEST_ID, Events
 from serve_apps.http import MAX_BATCH_BYTES
+from serve_apps.trimming import Trimmer
 from serve_apps.watched import HEADER, request_id_of
 
 MAX_LAG_S = 0.15
@@ -74,6 +75,7 @@ class Gate:
         self._app, self._service, self._clock, self._protocol = app, service, clock, protocol
         self._open = self._requests = self._bytes = self._turned_away = 0
         self._events = Events()
+        self._trimmer = Trimmer()
         self._pace, self._arrivals = _Rate(_GUESSED_ANSWERS), _Rate(_GUESSED_ARRIVALS)
         self._backlog: Backlog | None = None
         self._coming = set[asyncio.Task[object]]()
@@ -112,6 +114,7 @@ class Gate:
             self._open -= 1
             self._requests -= held.whole
             self._bytes -= held.size
+            self._trimmer.body_ended(held.size)
             self._pace.answered += 1
         if held.stopped:
             await self._refuse(scope, send, *self._too_many_bytes(0))
