@@ -24,6 +24,8 @@ from jobs import _cli
 
 _GROWTH = 64 * 2**20
 """Bytes that a replica may hold above what it held once a tenth of the requests were over: allocators keep some."""
+_SETTLE_S = 2.0
+"""After the last answer, before the last look: a body that is in flight is no growth."""
 _MAY_CLOSE = ("headers", "query, path or method")
 """Kinds that are no HTTP to some servers, which then end the connection."""
 _CONNECTIONS = 4
@@ -93,11 +95,13 @@ async def bombard(flags: Flags, pid: int, shape: strangers.Shape) -> Outcome:
                 sent += 1
                 if not _allowed(one.kind, reply.status):
                     outcome.failures.append(f"{one.kind}: {reply.status} for {one.method} {one.path[:80]}")
-                if sent % step == 0:
+                if sent % step == 0 and sent < flags.requests:
                     outcome.memory.append((sent, _held(pid)))
                     print(f"{sent} in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
         await asyncio.gather(*(work(connection) for connection in connections))
+        await asyncio.sleep(_SETTLE_S)  # a body that is in flight is no growth
+        outcome.memory.append((sent, _held(pid)))
         if await _right_answers(connections[0], shape) != right:
             outcome.failures.append("sound images are answered otherwise than before")
     outcome.failures += lost_or_grown(outcome.memory)
@@ -169,7 +173,7 @@ def page(flags: Flags, outcome: Outcome, seconds: float) -> str:
         "",
         _table(["kind", "sent", *(named.get(status, str(status)) for status in statuses)], rows),
         "",
-        "Memory of each replica's own, MB, after so many requests:",
+        "Memory of each replica's own, MB, after so many requests; last with none in flight:",
         "",
         _table(["requests", *(f"replica {number + 1}" for number in range(len(pids)))], held),
         "",
