@@ -187,7 +187,7 @@ def plot(flags: Plot) -> dict[str, Any]:
         scaling=Autoscaling(max_replicas=flags.max_replicas, target_ongoing_requests=0.8),
         hours=24.0,
     )
-    table = simulate.read_table(own)
+    table, here = simulate.read_table(own), where()  # before the figure is written into the tree
     started = time.monotonic()
     result = simulate.simulate(own, table)
     seconds = time.monotonic() - started
@@ -196,7 +196,7 @@ def plot(flags: Plot) -> dict[str, Any]:
     work = workload(table.exits(own.split), table.costs, Policy.from_dict(result["policy"]))
     Simulator(simulate.fleet_of(own, table), work, mode="aggregated").at(max(flags.devices))
     largest = time.monotonic() - started
-    return {"result": result, "seconds": seconds, "seconds_largest": largest, "flags": asdict(flags), **where()}
+    return {"result": result, "seconds": seconds, "seconds_largest": largest, "flags": asdict(flags), **here}
 
 
 @exit_on_user_error

@@ -328,7 +328,8 @@ async def compare(flags: Compare) -> dict[str, Any]:
     everybody: dict[int, Sequence[Seen]] = {1: alone, **seen}
     usual = float(np.median([one.p50_s for one in quieter(alone)]))
     rows = [_row(clients, found.predict(work, clients), rounds, usual) for clients, rounds in everybody.items()]
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(flags).items()}
+    told = {name: value for name, value in asdict(flags).items() if name not in ("url", "ready_file")}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in told.items()}
     return {"calibration": asdict(found) | {"others_busy": others}, "rows": rows, "flags": plain}
 
 

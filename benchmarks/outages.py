@@ -23,6 +23,7 @@ from benchmarks import load
 from benchmarks.load import Sample
 from benchmarks.outage_bounds import DEADLINE_S, RECOVERY_S, Bound, Outage, Overload, Question
 from benchmarks.unreliable import Faulty, running
+from jobs import _cli
 from meanet import data, preprocessing, recipes
 from meanet.tracking import store_uri
 
@@ -151,8 +152,8 @@ def _batch(bodies: Sequence[bytes]) -> bytes:
 
 _OUTAGES = """# When the cloud is away, and under overload
 
-`python -m benchmarks.outages --seconds {seconds:g} --clients {clients}`, {date}, {cores} cores ({machine}) for clients,
-server and cluster, Python {python}, Ray {ray}; digits, one edge and one cloud replica.
+`python -m benchmarks.outages --seconds {seconds:g} --clients {clients}`, commit {commit}, {date}, {cores} cores
+({machine}) for clients, server and cluster, Python {python}, Ray {ray}; digits, one edge and one cloud replica.
 
 For each fault, {clients} clients in a closed loop and {rate:g} requests a second on a schedule; half of the images want
 the cloud; each request names a deadline of {deadline:g} s. Before each, the same load with `edge_only`, {alone:g} s.
@@ -179,6 +180,7 @@ def page(flags: Flags, outages: Sequence[Outage], over: Overload) -> str:
     names = [bound.name for bound in outages[0].bounds()]
     first = _OUTAGES.format(
         seconds=flags.seconds,
+        commit=_cli.commit(),
         date=time.strftime("%Y-%m-%d"),
         cores=os.cpu_count(),
         machine=platform.machine(),
