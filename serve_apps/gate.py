@@ -45,8 +45,8 @@ _KEPT = 0.95
 """Of what was learned, from beat to beat: about the last half second counts."""
 _GUESS_S = 0.1
 """What is held before anything is learned weighs as much as so long a time of work."""
-_GUESSED_ANSWERS, _GUESSED_ARRIVALS = 25, 100
-"""In it; a refusal costs less than an answer."""
+_GUESSED_ANSWERS, _GUESSED_ARRIVALS = 26, 100
+"""In it, so that a whole micro-batch may be in hand; a refusal costs less than an answer."""
 _LONGEST_BEAT_S = 0.1
 """As it counts: a machine that has stalled says nothing of the rate."""
 _PASSED = "meanet.gate"
@@ -79,7 +79,7 @@ class Gate:
         self._pace, self._arrivals = _Rate(_GUESSED_ANSWERS), _Rate(_GUESSED_ARRIVALS)
         self._backlog: Backlog | None = None
         self._coming = set[asyncio.Task[object]]()
-        self._beaten = 0.0
+        self._beaten, self._busy = 0.0, False
         self._due: float | None = None
         """When the loop is to say that it keeps up; None while nothing is in hand."""
 
@@ -171,7 +171,8 @@ class Gate:
         self._pace.answered -= service.turned_away - self._turned_away  # they were quick, and say nothing of answers
         self._turned_away = service.turned_away
         if self._due is not None:
-            busy = self._here(service) >= ALWAYS
+            before, self._busy = self._busy, self._here(service) >= ALWAYS
+            busy = before or self._busy  # where all go out at once, it ends with none in hand
             self._pace.passed(now - self._beaten, busy=busy)
             self._arrivals.passed(now - self._beaten, busy=busy)
         self._beaten = now

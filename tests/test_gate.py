@@ -258,9 +258,28 @@ def test_requests_that_the_service_turns_away_do_not_count_as_answers() -> None:
             through._pace.answered, edge.turned_away = 44, edge.turned_away + 40
             now[0] += 0.02
             through._beat()
-        assert through._pace.seconds(50) == pytest.approx(0.25, rel=0.05)
+        assert through._pace.seconds(50) == pytest.approx(0.25, rel=0.1)
         app.may_answer.set()
         await asyncio.gather(*tasks)
+
+    asyncio.run(test())
+
+
+def test_answers_that_all_go_out_at_once_count() -> None:
+    """64 clients that each send when they are answered: a micro-batch of all takes 0.12 s, and then none is in hand."""
+
+    async def test() -> None:
+        now, edge = [0.0], Edge()
+        through = gate_of(App(), edge, now)
+        assert through._pace.seconds(64) < MAX_WAIT_S, "a micro-batch may be in hand before anything is known"
+        through._open = 1
+        for _ in range(40):
+            for in_hand_then, answered in ((64, 0), (64, 0), (64, 0), (64, 0), (64, 0), (64, 0), (0, 64)):
+                through._requests, through._pace.answered = in_hand_then, answered
+                now[0] += 0.02
+                through._beat()
+        through._requests = 0
+        assert through._pace.seconds(64) == pytest.approx(0.14, rel=0.15)
 
     asyncio.run(test())
 
