@@ -16,7 +16,7 @@ import httpx
 import yaml
 
 from jobs import _cli, _progress
-from meanet.errors import UserError, exit_on_user_error
+from meanet.errors import UserError, exit_on_user_error, first_line
 from meanet.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Deployment:
                 self._client = _client(dashboard, lambda: self._deadline - time.monotonic())
             except (OSError, RuntimeError, ValueError) as error:  # those of requests are OSErrors
                 raise UserError(
-                    f"no Ray dashboard answers at {dashboard} ({_first_line(error)}): start the cluster, or "
+                    f"no Ray dashboard answers at {dashboard} ({first_line(error)}): start the cluster, or "
                     "correct RAY_DASHBOARD_ADDRESS"
                 ) from error
 
@@ -114,7 +114,7 @@ class Deployment:
                 with _token_wanted(self._dashboard):
                     return ask()
             except passing as error:
-                self._check_time(f"the dashboard does not answer ({_first_line(error)})")
+                self._check_time(f"the dashboard does not answer ({first_line(error)})")
 
     def _check_time(self, what: str) -> None:
         if time.monotonic() > self._deadline:
@@ -182,10 +182,6 @@ def _why(application: dict[str, Any]) -> str:
     messages = [one.get("message", "") for one in ill]
     found = next((message for message in messages if message.strip()), application.get("message", ""))
     return _last_line(found) or "Serve says nothing about it"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def _last_line(text: str) -> str:

@@ -13,6 +13,11 @@ class AwayError(UserError):
     """What is asked for cannot be had now: something that it needs does not answer. Later it may."""
 
 
+def first_line(error: BaseException) -> str:
+    """Of what an error says; its type's name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def exit_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
     """Wrap a command: a UserError becomes a line and exit status 1, Ctrl-C exit status 130."""
 

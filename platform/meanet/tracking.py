@@ -33,7 +33,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from meanet import artifact, engines, s3
 from meanet.artifact import TrainedModel
 from meanet.data import Images
-from meanet.errors import AwayError, UserError
+from meanet.errors import AwayError, UserError, first_line
 from meanet.routing import policy_id
 from meanet.storage import writable_directory
 
@@ -85,7 +85,7 @@ class _Guarded:
                 if not _of_store(error):
                     raise
                 raise AwayError(
-                    f"the MLflow store {self._uri} does not answer any more ({_first_line(error)}): bring it back and "
+                    f"the MLflow store {self._uri} does not answer any more ({first_line(error)}): bring it back and "
                     "give the same command again; what was finished is kept"
                 ) from error
 
@@ -118,7 +118,7 @@ class Tracker:
             self._experiment_id = self._experiment()
         except (MlflowException, SQLAlchemyError, OSError) as error:
             raise UserError(
-                f"the MLflow store {uri} cannot be used: {_first_line(error)}; check MLFLOW_TRACKING_URI"
+                f"the MLflow store {uri} cannot be used: {first_line(error)}; check MLFLOW_TRACKING_URI"
             ) from error
 
     def _experiment(self) -> str:
@@ -394,7 +394,3 @@ def _check_reachable(uri: str) -> None:
                 f"the MLflow server {uri} does not answer ({type(error).__name__}): start it, or change "
                 "MLFLOW_TRACKING_URI (unset it for the embedded store)"
             ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
