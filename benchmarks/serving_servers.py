@@ -20,6 +20,8 @@ ROOT = Path(__file__).parent.parent
 MARK = "MEANET_BENCHMARK_MARK"
 PEERS = ("FastAPI + uvicorn", "LitServe", "BentoML", "Ray Serve, default proxy")
 OURS = "ours"
+_REST_S = 0.5
+"""Before a load: wrk leaves what it has asked for unanswered at its end, which is then still in a server's hands."""
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -218,6 +220,7 @@ def load(running: Running, what: Posted, connections: int, seconds: float) -> Lo
         script,
         what.url,
     ]
+    time.sleep(_REST_S)
     before = running.cpu()
     done = subprocess.run([*words, "--", str(what.bodies), what.kind], capture_output=True, text=True, check=True)
     spent = running.cpu() - before

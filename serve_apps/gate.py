@@ -26,7 +26,7 @@ from serve_apps.watched import HEADER, request_id_of
 
 MAX_LAG_S = 0.15
 """How far the loop may be behind; a request of a second's deadline then still has most of it."""
-MAX_WAIT_S = 0.25
+MAX_WAIT_S = 0.28
 """How long what is in hand may take; answers go out a micro-batch at a time, so that their rate is known roughly."""
 MAX_UNSEEN_S = 0.25
 """How long what waits to be accepted may."""
@@ -43,9 +43,9 @@ _MOST_TAKEN = 64
 """Connections in a beat."""
 _KEPT = 0.95
 """Of what was learned, from beat to beat: about the last half second counts."""
-_GUESS_S = 0.1
+_GUESS_S = 0.15
 """What is held before anything is learned weighs as much as so long a time of work."""
-_GUESSED_ANSWERS, _GUESSED_ARRIVALS = 26, 100
+_GUESSED_ANSWERS, _GUESSED_ARRIVALS = 60, 150
 """In it, so that a whole micro-batch may be in hand; a refusal costs less than an answer."""
 _LONGEST_BEAT_S = 0.1
 """As it counts: a machine that has stalled says nothing of the rate."""
@@ -129,11 +129,13 @@ class Gate:
         if lag > MAX_LAG_S:
             return f"this replica is behind by {lag:.2f} s", lag
         here = self._here(service)
-        if here >= ALWAYS and (wait := self._pace.seconds(here)) > MAX_WAIT_S:
+        since = self._clock() - self._beaten
+        if here >= ALWAYS and (wait := self._pace.seconds(here, since)) > MAX_WAIT_S:
             return f"{here} requests are in hand, which takes {wait:.2f} s", wait
         waiting = 0 if self._backlog is None else len(self._backlog)
-        if waiting > MAX_BACKLOG or self._arrivals.seconds(waiting) > MAX_UNSEEN_S:
-            return f"{waiting} connections wait to be accepted", self._arrivals.seconds(waiting)
+        wait = self._arrivals.seconds(waiting, since)
+        if waiting > MAX_BACKLOG or wait > MAX_UNSEEN_S:
+            return f"{waiting} connections wait to be accepted", wait
         return service.full()
 
     def _too_many_bytes(self, size: int) -> tuple[str, float]:
@@ -177,7 +179,7 @@ class Gate:
             self._arrivals.passed(now - self._beaten, busy=busy)
         self._beaten = now
         if not self._open:
-            self._due = None
+            self._due, self._busy = None, False
             return
         self._due = now + _BEAT_S
         asyncio.get_running_loop().call_later(_BEAT_S, self._beat)
@@ -215,9 +217,11 @@ class _Rate:
             self._seconds += min(seconds, _LONGEST_BEAT_S)
         self.answered = min(0, self.answered)  # what was taken off too early is counted in the next
 
-    def seconds(self, requests: int) -> float:
-        """That so many take."""
-        return requests * (_GUESS_S + self._seconds) / (self.guess + self._all)
+    def seconds(self, requests: int, since: float = 0.0) -> float:
+        """That so many take, seconds `since` the last beat: what has gone out in them counts already, for the next beat
+        may be long in coming where a whole micro-batch is answered, and all of its clients ask again."""
+        took = _GUESS_S + self._seconds + min(since, _LONGEST_BEAT_S)
+        return requests * took / (self.guess + self._all + max(0, self.answered))
 
 
 class _Held:

@@ -224,7 +224,7 @@ def test_what_the_blocks_cannot_do_in_time_is_not_read() -> None:
 
 
 def test_the_rate_of_answers_bounds_what_is_in_hand() -> None:
-    rate = gate._Rate(guess=20)
+    rate = gate._Rate(guess=30)
     assert rate.seconds(50) == 0.25, "nothing is known: as guessed"
     for _ in range(100):  # 4 answers a beat at full load: 200 a second
         rate.answered = 4
@@ -254,6 +254,7 @@ def test_requests_that_the_service_turns_away_do_not_count_as_answers() -> None:
         app = App()
         through = gate_of(app, edge, now)
         tasks = await in_hand(app, through, 2 * ALWAYS)
+        through._pace = gate._Rate(guess=30)
         for _ in range(100):  # 4 answers a beat, and 40 refusals
             through._pace.answered, edge.turned_away = 44, edge.turned_away + 40
             now[0] += 0.02
@@ -280,6 +281,26 @@ def test_answers_that_all_go_out_at_once_count() -> None:
                 through._beat()
         through._requests = 0
         assert through._pace.seconds(64) == pytest.approx(0.14, rel=0.15)
+
+    asyncio.run(test())
+
+
+def test_clients_that_ask_again_before_the_beat_are_not_refused() -> None:
+    """64 that begin at once: their first micro-batch takes 0.15 s, in which nothing goes out; then all ask again."""
+
+    async def test() -> None:
+        now = [0.0]
+        edge: Any = Edge()
+        through = gate_of(App(), edge, now)
+        through._open = through._requests = 64
+        through._beat()
+        for _ in range(7):
+            now[0] += 0.02
+            through._beat()
+        assert through._full(edge, 0)[0], "a 65th would have to wait too long, as far as is known"
+        now[0] += 0.01
+        through._pace.answered += 64
+        assert through._full(edge, 0) == ("", 0.0)
 
     asyncio.run(test())
 
