@@ -26,7 +26,21 @@ import tyro
 
 from benchmarks import serving_model
 from benchmarks.serving_peers.predict import pack
-from benchmarks.serving_servers import OURS, PEERS, ROOT, Load, Posted, Running, Where, bare, load, post, started
+from benchmarks.serving_servers import (
+    OURS,
+    PEERS,
+    ROOT,
+    Load,
+    Posted,
+    Running,
+    Uploads,
+    Where,
+    bare,
+    load,
+    post,
+    started,
+    uploaded,
+)
 from jobs._cli import commit
 
 ARROW = "application/vnd.apache.arrow.stream"
@@ -149,10 +163,11 @@ class Bench:
         self.expected = serving_model.expected(folder / "onnx", self.bodies[:_CHECKED])
         self.packed = folder / "bodies"
         self.packed.write_bytes(pack(self.bodies))
-        self.batches = folder / "arrow", folder / "multipart"
         chunks = [self.bodies[start : start + BATCH] for start in range(0, len(self.bodies), BATCH)]
-        self.batches[0].write_bytes(pack([arrow(chunk) for chunk in chunks]))
-        self.batches[1].write_bytes(pack([multipart(chunk, "meanet") for chunk in chunks]))
+        self.batches = {
+            ("Arrow", ARROW): [arrow(chunk) for chunk in chunks],
+            ("multipart", "multipart/form-data; boundary=meanet"): [multipart(chunk, "meanet") for chunk in chunks],
+        }
 
     def round(self) -> dict[Key, Load]:
         """Everything once."""
@@ -176,9 +191,8 @@ class Bench:
             yield (name, mode, connections), found
         if name == OURS:
             url = running.url.replace("/v1/classify", "/v1/classify/batch")
-            kinds = {"Arrow": ARROW, "multipart": "multipart/form-data; boundary=meanet"}
-            for (label, kind), path in zip(kinds.items(), self.batches, strict=True):
-                found = load(running, Posted(url, path, kind, BATCH), 1, self.flags.seconds)
+            for (label, kind), bodies in self.batches.items():
+                found = uploaded(running, Uploads(url, kind, bodies, BATCH), self.flags.seconds)
                 print(f"{name}, {mode}, {BATCHED}, {label}: {found}", file=sys.stderr, flush=True)
                 yield (f"{OURS}, {BATCHED}, {label}", mode, 1), found
 

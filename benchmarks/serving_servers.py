@@ -1,6 +1,7 @@
 """The servers of `benchmarks.serving`: how each is started and ended, asked by wrk, and what CPU it takes."""
 
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -12,9 +13,11 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+from urllib.parse import urlsplit
 
 ROOT = Path(__file__).parent.parent
 MARK = "MEANET_BENCHMARK_MARK"
@@ -197,7 +200,17 @@ class Posted:
     """A packed file."""
     kind: str = "image/png"
     """Content type."""
-    images: int = 1
+
+
+@dataclass(frozen=True)
+class Uploads:
+    """What is posted whole."""
+
+    url: str
+    kind: str
+    """Content type."""
+    bodies: Sequence[bytes]
+    images: int
     """In each body."""
 
 
@@ -227,8 +240,34 @@ def load(running: Running, what: Posted, connections: int, seconds: float) -> Lo
     found = json.loads(done.stdout.splitlines()[-1])
     if found["failed"] or found["refused"] or not found["requests"]:
         raise SystemExit(f"{what.url} at {connections} connections: {found}")
-    count = found["requests"] * what.images
+    count = found["requests"]
     return Load(count / found["seconds"], 1000 * spent / count, found["p50_ms"], found["p99_ms"])
+
+
+def uploaded(running: Running, what: Uploads, seconds: float) -> Load:
+    """Post bodies one after the other, for at least so long.
+
+    Only whole uploads are in it: wrk would leave the last one out of its count, and its CPU in.
+
+    Raises:
+        SystemExit: a request failed.
+    """
+    parts, took = urlsplit(what.url), list[float]()
+    target, headers = f"{parts.path}?{parts.query}", {"content-type": what.kind}
+    connection = http.client.HTTPConnection(parts.netloc, timeout=30)
+    time.sleep(_REST_S)
+    before, began = running.cpu(), time.monotonic()
+    while (sent := time.monotonic()) < began + seconds:
+        connection.request("POST", target, what.bodies[len(took) % len(what.bodies)], headers)
+        response = connection.getresponse()
+        if response.status != 200:
+            raise SystemExit(f"{what.url}: {response.status} {response.read(400)!r}")
+        response.read()
+        took.append(time.monotonic() - sent)
+    count = what.images * len(took)
+    per_second, spent = count / (sent - began), running.cpu() - before
+    connection.close()
+    return Load(per_second, 1000 * spent / count, 1000 * median(took), 1000 * sorted(took)[int(0.99 * len(took))])
 
 
 def bare(where: Where, bodies: Path, seconds: float, batch: int, *, cloud: bool) -> Load:
