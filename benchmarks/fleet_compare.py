@@ -25,6 +25,7 @@ import numpy as np
 from benchmarks.fleet_load import Answered, Pace, closed_loop, cloud_batches, paced, walk
 from benchmarks.memory import tree
 from benchmarks.serving_servers import cpu_seconds
+from jobs import simulate
 from meanet import data
 from meanet.data import Images
 from meanet.errors import UserError
@@ -303,7 +304,8 @@ async def compare(flags: Compare) -> dict[str, Any]:
     """Measure, and predict from what one client saw.
 
     Raises:
-        UserError: no such server process; an exit that gave no answer; the server refused.
+        UserError: no such server process; a server of another model than the table's; an exit that gave no answer; the
+            server refused.
     """
     pid, table = _server_pid(flags), ExitsTable.read(flags.exits)
     seen: dict[int, list[Seen]] = {clients: [] for clients in flags.clients}
@@ -311,6 +313,7 @@ async def compare(flags: Compare) -> dict[str, Any]:
     async with aiohttp.ClientSession() as session:
         async with session.get(f"{flags.url}/v1/model") as response:
             policy = Policy.from_dict((await response.json())["operating_point"])
+        simulate.check_is_of(policy, table, f"the operating point of {flags.url}")
         bench = Bench(session, flags, pid, bodies_of(table))
         await closed_loop(session, flags.url, bench.bodies, 200)  # warm
         rate, meter = await bench.rate(), Meter(pid)

@@ -100,7 +100,7 @@ async def bombard(flags: Flags, pid: int, shape: strangers.Shape) -> Outcome:
                     print(f"{sent} in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
         await asyncio.gather(*(work(connection) for connection in connections))
-        await asyncio.sleep(_SETTLE_S)  # a body that is in flight is no growth
+        await asyncio.sleep(_SETTLE_S)
         outcome.memory.append((sent, _held(pid)))
         if await _right_answers(connections[0], shape) != right:
             outcome.failures.append("sound images are answered otherwise than before")

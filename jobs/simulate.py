@@ -121,12 +121,21 @@ def policy_of(flags: Flags, table: ExitsTable) -> Policy:
         policy = Policy.from_dict(json.loads(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--operating-point {path} cannot be read ({error}): write one with jobs.sweep") from error
+    check_is_of(policy, table, str(path))
+    return policy
+
+
+def check_is_of(policy: Policy, table: ExitsTable, source: str) -> None:
+    """That an operating point, from where `source` says, is of the table's model.
+
+    Raises:
+        UserError: it is of another one.
+    """
     if policy.hard_classes != table.hard_classes[: len(policy.hard_classes)]:
         raise UserError(
-            f"{path} is of another model: its hard classes {policy.hard_classes} are not the first of the table's "
+            f"{source} is of another model: its hard classes {policy.hard_classes} are not the first of the table's "
             f"{table.hard_classes}; give the one that was found on this table"
         )
-    return policy
 
 
 def edge_times(flags: Flags, table: ExitsTable, measured: dict[str, float]) -> EdgeTimes:

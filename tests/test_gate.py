@@ -259,7 +259,7 @@ def test_requests_that_the_service_turns_away_do_not_count_as_answers() -> None:
             through._pace.answered, edge.turned_away = 44, edge.turned_away + 40
             now[0] += 0.02
             through._beat()
-        assert through._pace.seconds(50) == pytest.approx(0.25, rel=0.1)
+        assert through._pace.seconds(50) == pytest.approx(0.25, rel=0.05)
         app.may_answer.set()
         await asyncio.gather(*tasks)
 
