@@ -1,6 +1,7 @@
 """Replicas on Ray Serve that follow `control`: what they load, apply and report."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -16,13 +17,17 @@ from serve_apps.director import Orders
 from serve_apps.edge import EdgeService
 from serve_apps.follower import Follower
 from serve_apps.keeping import Keeping
-from serve_apps.loading import CloudVersion, Loader
+from serve_apps.loading import CloudVersion, Loader, blank
 from serve_apps.observer import Observer
 from serve_apps.rollout import Beat
 from serve_apps.served import Served
 from serve_apps.writes import Writes
 
 Control = DeploymentHandle[Any]
+_MEETING_S = 5.0
+"""What a starting edge waits for the cloud's first answer, which takes several times as long as those that follow."""
+_MEET_LATER_S = 60.0
+"""How long the call stays open for a cloud that starts later; one that hangs is not to hold it for good."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,15 @@ class LiveEdge:
         if self._service is None:
             self._serve_first(self._follower.held[self._links.version])
         priority.as_others()
+        self._meeting = asyncio.get_running_loop().create_task(self._meet_cloud())
+        await asyncio.wait({self._meeting}, timeout=_MEETING_S)  # a cloud that comes later finds the way open
+
+    async def _meet_cloud(self) -> None:
+        """Open the way to the cloud, so that no client waits for that; without a cloud the edge serves alone."""
+        served = self.service.served
+        with contextlib.suppress(Exception):  # TimeoutError, too
+            async with asyncio.timeout(_MEET_LATER_S):
+                await self._ask_cloud(CloudRequest(served.version, None, blank(served.model.preprocessing)))
 
     @property
     def service(self) -> EdgeService:

@@ -25,7 +25,7 @@ import ray
 
 from meanet import engines, model_spec
 from meanet.errors import UserError, exit_on_user_error
-from meanet.preprocessing import Preprocessing
+from meanet.preprocessing import Preprocessing, encode_png
 from meanet.runtime import CloudRuntime, Images
 from serve_apps.cloud_calls import CloudRequest
 from serve_apps.served import Served
@@ -71,7 +71,7 @@ class Loader:
             twin = next((one for one in held.values() if one.weights == weights), None)
             engine = twin.runtime.engine if twin else engines.open_edge(folder, self.engine)
             served = Served.of(model_spec.read(folder), version, engine)
-        answers, _ = served.runtime.run(_blank(served.model.preprocessing), served.policy)
+        answers, _ = served.runtime.run(blank(served.model.preprocessing), served.policy)
         _require_finite(answers.entropy, version, "main exit")
         return replace(served, weights=weights, node=self.node)
 
@@ -87,7 +87,7 @@ class Loader:
             engine = twin.runtime.engine if twin else engines.open_cloud(folder, self.engine)
             spec = model_spec.read(folder)
         loaded = CloudVersion(version, spec.preprocessing, CloudRuntime(spec, engine), weights)
-        _require_finite(loaded.runtime.run(_blank(spec.preprocessing)).entropy, version, "cloud's network")
+        _require_finite(loaded.runtime.run(blank(spec.preprocessing)).entropy, version, "cloud's network")
         return loaded
 
     def _weights(self, folder: Path, file: str) -> str:
@@ -179,8 +179,9 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _blank(taken: Preprocessing) -> Images:
-    return np.zeros((1, taken.height, taken.width, taken.channels), dtype=np.uint8)
+def blank(taken: Preprocessing) -> Images:
+    """(1, H, W, C), black, read as clients' files are: the first takes several times as long as those that follow."""
+    return taken.decode(encode_png(np.zeros((taken.height, taken.width, taken.channels), dtype=np.uint8)))[None]
 
 
 def _require_finite(entropy: Any, version: int, what: str) -> None:

@@ -88,3 +88,23 @@ def test_edge_starts_before_the_cloud_and_meets_it_later(started: Any, monkeypat
         await asyncio.wait_for(met.wait(), 5)
 
     asyncio.run(all_of_it())
+
+
+def test_cloud_that_hangs_is_given_up(started: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "_MEETING_S", 0.1)
+    monkeypatch.setattr(live, "_MEET_LATER_S", 0.2)
+
+    async def all_of_it() -> None:
+        given_up = asyncio.Event()
+
+        async def ask_cloud(_: CloudRequest) -> CloudAnswer:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                given_up.set()
+            return CloudAnswer([0], [1.0])
+
+        await started(ask_cloud)
+        await asyncio.wait_for(given_up.wait(), 5)
+
+    asyncio.run(all_of_it())
