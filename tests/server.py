@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 from conftest import ENVIRONMENT
 
 MARK = "MEANET_TEST_MARK"
@@ -40,13 +41,16 @@ def left_running(mark: str) -> list[str]:
 
 @contextlib.contextmanager
 def serving(folder: Path, tracking_uri: str, *words: str) -> Iterator[str]:
-    """`python -m serve_apps` on a free port; yields its URL, and sees to it that nothing of it stays."""
+    """`python -m serve_apps` on a free port; yields its URL, and sees to it that nothing of it stays.
+
+    It waits for its cloud as long as a busy machine takes: no test that asks it is about that.
+    """
     mark = uuid.uuid4().hex
     ready, log = folder / "ready.json", folder / "serve.log"
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "serve_apps", "--port", "0", "--ready-file", str(ready), *words],
-            env=ENVIRONMENT | {"MLFLOW_TRACKING_URI": tracking_uri, MARK: mark},
+            env=ENVIRONMENT | {"MLFLOW_TRACKING_URI": tracking_uri, "MEANET_TOKEN": mark, MARK: mark},
             cwd=folder,
             stdout=output,
             stderr=output,
@@ -57,7 +61,15 @@ def serving(folder: Path, tracking_uri: str, *words: str) -> Iterator[str]:
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
-        yield json.loads(ready.read_text())["url"]
+        url = json.loads(ready.read_text())["url"]
+        told = httpx.put(
+            f"{url}/v1/settings",
+            json={"deadline_s": 20.0, "cloud_budget_s": 10.0},
+            headers={"authorization": f"Bearer {mark}"},
+            timeout=30,
+        )
+        assert told.status_code == 200, told.text
+        yield url
     finally:
         process.send_signal(signal.SIGINT)
         try:
