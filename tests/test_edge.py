@@ -172,9 +172,8 @@ def test_each_request_keeps_its_own_deadline(model: TrainedModel, bodies: list[b
     policy = model.policy.with_request(threshold=ALL_TO_CLOUD)
 
     async def run() -> tuple[list[Answer], list[Answer], float]:
-        service = EdgeService(
-            Served.of(model, 1), lambda request: late(model, 0.4, request), Settings(cloud_budget_s=1.0)
-        )
+        settings = Settings(deadline_s=20.0, cloud_budget_s=10.0)
+        service = EdgeService(Served.of(model, 1), lambda request: late(model, 2.0, request), settings)
         await service.answer(bodies[:1], policy.with_request(edge_only=True))
         started = time.monotonic()
 
@@ -186,7 +185,7 @@ def test_each_request_keeps_its_own_deadline(model: TrainedModel, bodies: list[b
 
     one, two, seconds = asyncio.run(run())
     assert all(answer.degraded and answer.reason == "cloud timed out" for answer in one)
-    assert seconds < 0.39
+    assert seconds < 1.9
     assert all(answer.exit == "cloud" and not answer.degraded for answer in two)
 
 
