@@ -78,7 +78,7 @@ def classify_all(
     point: dict[str, Any],
     images: int | None = None,
     *,
-    patience_s: float = 0.0,
+    patience_s: float,
 ) -> dict[str, Any]:
     """Send test images over HTTP and compare the answers with the replayed exits table.
 
@@ -107,7 +107,8 @@ def classify_all(
         while (lost := [row for row, answer in enumerate(answers) if answer["degraded"]]) and time.monotonic() < until:
             time.sleep(_PAUSE_S)
             again = pool.map(lambda row: _classify(client, bodies[row]), lost)
-            answers = [next(again)[0] if answer["degraded"] else answer for answer in answers]
+            for row, (answer, _) in zip(lost, again, strict=True):
+                answers[row] = answer
             asked_again += len(lost)
     wanted = [(int(pred), Exit(way).label) for pred, way in zip(expected.pred, expected.exit, strict=True)][: len(rows)]
     wrong = [

@@ -8,15 +8,18 @@ from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from untrained import Call
 
-from jobs import classify
+from jobs import classify, demo
+from jobs._run import Record, RunFolder
 from meanet import artifact, storage
 from meanet.artifact import TrainedModel
 from meanet.data import Splits
+from meanet.errors import UserError
 from meanet.evaluation import ExitsTable
 from meanet.preprocessing import encode_png
 from meanet.routing import Exit, route
@@ -141,3 +144,29 @@ def test_mistakes(run: str, call: Call, words: tuple[str, ...], says: str) -> No
     done = call(classify, run, *words)
     assert done.code == 1
     assert says in done.err
+
+
+@pytest.mark.parametrize(("times", "patience_s"), [(2, 60.0), (float("inf"), 0.2)])
+def test_demo_waits_for_a_busy_server_but_not_for_ever(
+    times: float,
+    patience_s: float,
+    answers: dict[bytes, dict[str, Any]],
+    model: TrainedModel,
+    splits: Splits,
+    table: ExitsTable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    complex_ones = complex_images(answers)
+    monkeypatch.setattr(demo, "_PATIENCE_S", patience_s)
+    one: Any = SimpleNamespace(splits=splits, environment=SimpleNamespace(tracking_uri="sqlite://"))
+    one.run = RunFolder(tmp_path, Record("1", "digits", "digest", "sqlite://", version=1), resumed=False)
+    found: Any = SimpleNamespace(chosen=model.operating_point)
+    with busy(answers, times) as server:
+        monkeypatch.setattr(demo._server, "serving", lambda *_: contextlib.nullcontext(server.url))
+        if times == 2:
+            demo.Demo._serve(one, table, found, "address")
+        else:
+            with pytest.raises(UserError, match=rf"{len(complex_ones)} images went without the cloud.*serve\.log"):
+                demo.Demo._serve(one, table, found, "address")
+    assert one.run.record.http["asked_again"] == (2 if times == 2 else 1) * len(complex_ones)

@@ -16,6 +16,8 @@ from meanet import artifact
 from meanet.artifact import TrainedModel
 from meanet.data import Splits
 from meanet.errors import UserError
+from meanet.preprocessing import Preprocessing
+from meanet.runtime import Images
 from meanet.tracking import Tracker
 from serve_apps import loading
 from serve_apps.cloud_calls import CloudRequest
@@ -60,6 +62,21 @@ def test_new_operating_point_shares_the_networks(loader: Loader) -> None:
     assert first.node == "node"
     cloud = loader.cloud(1, {})
     assert loader.cloud(2, {1: cloud}).runtime.engine is cloud.runtime.engine
+
+
+def test_versions_are_tried_on_an_image_that_is_read_as_clients_files_are(
+    loader: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, decode = list[Images](), Preprocessing.decode
+
+    def decoded(self: Preprocessing, data: bytes) -> Images:
+        read.append(decode(self, data))
+        return read[-1]
+
+    monkeypatch.setattr(Preprocessing, "decode", decoded)
+    loader.edge(1, {})
+    loader.cloud(1, {})
+    assert [(image.shape, image.any()) for image in read] == [((8, 8, 1), False)] * 2
 
 
 def test_other_weights_are_not_shared(loader: Loader) -> None:
