@@ -126,6 +126,28 @@ def _clear(root: Path) -> None:
         (root / name).unlink(missing_ok=True)
 
 
+class News:
+    """What trials say in a study's folder, each line once; a trial that begins again is news from its first line."""
+
+    def __init__(self, root: Path) -> None:
+        self._folder = root / "progress"
+        self._seen: dict[Path, list[dict[str, Any]]] = {}
+
+    def read(self) -> list[dict[str, Any]]:
+        """Events since the last time, a trial after the other."""
+        news = []
+        for path in sorted(self._folder.glob("*.jsonl")):
+            events, seen = _events(path), self._seen.get(path, [])
+            news += events[len(seen) if events[:1] == seen[:1] else 0 :]
+            self._seen[path] = events
+        return news
+
+
+def _events(path: Path) -> list[dict[str, Any]]:
+    """Without a last line that is not whole yet."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+
+
 class TrialLog:
     """A nested MLflow run a trial, as it runs. A store that fails costs the live view, not the study:
 
@@ -135,36 +157,35 @@ class TrialLog:
     def __init__(self, folder: StudyFolder, tracker: Tracker) -> None:
         self._folder, self._tracker = folder, tracker
         self._failed = False
-        self._seen: dict[Path, int] = {}
+        self._to_show, self._to_log = News(folder.root), News(folder.root)
 
     @contextmanager
     def following(self) -> Iterator[None]:
-        """Show and log what trials say, in a thread, until the block is over."""
-        self._poll(show=False)  # what an interrupted attempt has said
-        with _progress.repeated(self._poll, 0.5, "meanet-study"):
+        """Show and log what trials say until the block is over, in a thread each: a slow store holds up no line.
+
+        What an interrupted attempt has said is over; `complete` logs what was missed of it.
+        """
+        self._to_show.read()
+        self._to_log.read()
+        with (
+            _progress.repeated(self._log_news, 0.5, "meanet-study-log"),
+            _progress.repeated(self._show_news, 0.5, "meanet-study"),
+        ):
             yield
 
-    def _poll(self, *, show: bool = True) -> None:
-        progress = self._folder.root / "progress"
-        for path in sorted(progress.glob("*.jsonl")) if progress.exists() else []:
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            seen = self._seen.get(path, 0)
-            if len(lines) < seen:  # an interrupted attempt begins again
-                seen = 0
-            self._seen[path] = len(lines)
-            for line in lines[seen:]:
-                self._on_event(json.loads(line), show=show)
-
-    def _on_event(self, event: dict[str, Any], *, show: bool) -> None:
-        if show:
+    def _show_news(self) -> None:
+        for event in self._to_show.read():
             _progress.say(_line(event))
-        if self._failed:
-            return
-        try:
-            self._log(event)
-        except Exception as error:  # MLflow's client raises many kinds
-            self._failed = True
-            _progress.say(f"  MLflow does not answer ({type(error).__name__}): trials are logged when all are over")
+
+    def _log_news(self) -> None:
+        for event in self._to_log.read():
+            if self._failed:
+                return
+            try:
+                self._log(event)
+            except Exception as error:  # MLflow's client raises many kinds
+                self._failed = True
+                _progress.say(f"  MLflow does not answer ({type(error).__name__}): trials are logged when all are over")
 
     def _log(self, event: dict[str, Any]) -> None:
         if event["event"] == "start":
@@ -184,9 +205,7 @@ class TrialLog:
     def _rungs(self, name: str) -> list[tuple[int, dict[str, float]]]:
         """What a trial has shown before its last: MLflow, where it was away, has not heard of it."""
         path = self._folder.root / "progress" / f"{name}.jsonl"
-        if not path.exists():
-            return []
-        events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        events = _events(path) if path.exists() else []
         return [(event["rung"], _figures(event)) for event in events if event["event"] == "rung"]
 
     def complete(self, trials: Sequence[Trial]) -> None:

@@ -29,8 +29,9 @@ from meanet.trial import rungs
 from meanet.tuning import StudyScheduler
 from tune_spaces.class_split import class_split
 
-TRIALS = 6
-EPOCHS = {"main": 3, "extension": 4, "cloud": 3}
+TRIALS = 8
+EPOCHS = {"main": 3, "extension": 40, "cloud": 3}
+"""Trials take seconds each, so that a signal finds some of them still to do."""
 
 
 # What is proposed
@@ -163,13 +164,13 @@ def records(folder: Path) -> dict[str, float]:
     return {path.parent.name: path.stat().st_mtime for path in folder.glob("trials/[!.]*/trial.json")}
 
 
-def stop_after(process: "subprocess.Popen[str]", finished: int, number: int) -> list[str]:
-    """Send a signal when so many trials have finished; what the command has said."""
+def stop_at(process: "subprocess.Popen[str]", event: str, count: int, number: int) -> list[str]:
+    """Send a signal at so many lines of trials about an event; what the command has said."""
     assert process.stderr is not None
     said: list[str] = []
     for line in process.stderr:
         said.append(line)
-        if sum("trial" in one and "finished  " in one for one in said) == finished:
+        if sum(re.search(rf"trial \w+ {event}", one) is not None for one in said) == count:
             os.kill(process.pid, number)
             break
     else:
@@ -181,10 +182,10 @@ def stop_after(process: "subprocess.Popen[str]", finished: int, number: int) -> 
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     folder = tmp_path_factory.mktemp("tune")
     root = folder / "outputs" / "tune-class_split-digits"
-    stop_after(start(folder), 2, signal.SIGKILL)
+    stop_at(start(folder), "finished", 2, signal.SIGKILL)
     kept = records(root)
     interrupted = start(folder)
-    second = stop_after(interrupted, 1, signal.SIGINT)
+    second = stop_at(interrupted, "started", 1, signal.SIGINT)
     assert interrupted.returncode == 130, "".join(second)
     kept_then = records(root)
     store = f"sqlite:///{folder / 'outputs/mlflow/mlflow.db'}"
