@@ -23,6 +23,7 @@ from meanet.routing import Policy
 from meanet.tracking import Tracker
 from meanet.training import Trainer
 from meanet.two_gate import EARLY
+from serve_apps.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {
@@ -31,6 +32,9 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
 }
 """For processes that tests start: this checkout's code, none of the caller's cluster or store."""
+
+PATIENT = Settings(deadline_s=60.0, cloud_budget_s=30.0, max_cloud_calls=64)
+"""For tests that are not about time: the machine may be busy."""
 
 torch.set_num_threads(1)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import dataclasses
 import json
 import math
 from collections.abc import AsyncIterator, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from conftest import PATIENT
 from ray import serve
 
 from meanet.artifact import TrainedModel
@@ -26,7 +28,7 @@ from serve_apps.served import Served
 from serve_apps.settings import Settings
 
 
-def service_of(model: TrainedModel, settings: Settings | None = None) -> EdgeService:
+def service_of(model: TrainedModel, settings: Settings = PATIENT) -> EdgeService:
     runtime = CloudRuntime(model)
 
     async def cloud(request: CloudRequest) -> CloudAnswer:
@@ -132,7 +134,7 @@ def test_overload_is_refused_alike_and_at_once(
     body = encode_png(splits.table.images[splits.test[0]])
 
     async def run() -> None:
-        service = service_of(model, Settings(max_queued=1))
+        service = service_of(model, dataclasses.replace(PATIENT, max_queued=1))
         both = Both(service, monkeypatch)
         held = asyncio.ensure_future(service.answer([body] * 200))
         while not service._batcher.queued:

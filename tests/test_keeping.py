@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import PATIENT
 
 from meanet.artifact import TrainedModel
 from meanet.data import Splits
@@ -23,8 +24,6 @@ from serve_apps.http import Answer
 from serve_apps.keeping import Keeping, why_no_budget
 from serve_apps.served import Served
 from serve_apps.settings import Settings
-
-PATIENT = Settings(deadline_s=60.0, cloud_budget_s=30.0, max_cloud_calls=64)
 
 
 def honest(model: TrainedModel) -> AskCloud:

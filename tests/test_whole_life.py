@@ -43,7 +43,7 @@ def lived(here: Here, tmp_path_factory: pytest.TempPathFactory) -> Lived:
     environment = here.environment | {"PYTHONPATH": f"{here.elsewhere / 'platform'}{os.pathsep}{here.elsewhere}"}
     words = ["digits", "--output", str(output), "--port", port, "--submit", "--workers", "2", "--trials", "2"]
     done = python(
-        "-m", "jobs.life", *words, *EPOCHS, "--json", environment=environment, cwd=here.elsewhere, timeout=590
+        "-m", "jobs.life", *words, *EPOCHS, "--json", environment=environment, cwd=here.elsewhere, timeout=900
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return Lived(json.loads(done.stdout), done.stderr, output)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import io
 import threading
 import time
@@ -9,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 
 import uvicorn
+from conftest import PATIENT
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -23,7 +25,6 @@ from serve_apps.cloud_calls import CloudAnswer, CloudRequest
 from serve_apps.edge import EdgeService
 from serve_apps.http import Answer, Wishes
 from serve_apps.served import Served
-from serve_apps.settings import Settings
 from serve_apps.sight import Link, Sight
 from serve_apps.tally import Tally
 from serve_apps.traces import TRACEPARENT, Tracing
@@ -58,7 +59,7 @@ class WatchedApp:
         self.log = io.StringIO()
         events.set_up("replica-1", self.log, access=access)
         self.cloud, self.tally = Cloud(model), Tally()
-        settings = Settings(breaker_open_s=60)
+        settings = dataclasses.replace(PATIENT, breaker_open_s=60)
         self.service = EdgeService(Served.of(model, 3), self.cloud.ask, settings, observer=self.tally)
         self._link, self.moving = link, False
         self.sight: Sight
