@@ -4,6 +4,7 @@ once they are gone. No test itself.
 python tests/joining.py
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -39,7 +40,9 @@ leave_after(main)
 def main() -> None:
     answers = sys.stdout  # what else is printed goes to standard error
     with tempfile.TemporaryDirectory(prefix="joining-", ignore_cleanup_errors=True) as folder:
-        head = {"num_cpus": 2, "object_store_memory": 100 * 2**20, "include_dashboard": False, "temp_dir": folder}
+        # with a temp_dir, Cluster's address goes into /tmp/ray, which may not be there
+        os.environ["RAY_TMPDIR"] = folder
+        head = {"num_cpus": 2, "object_store_memory": 100 * 2**20, "include_dashboard": False}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
             for _ in range(2):  # the second needs the CPUs of the first one

@@ -4,6 +4,7 @@ key. No test itself.
 python tests/two_nodes.py URI KEY SECRET
 """
 
+import os
 import sys
 import tempfile
 import time
@@ -20,7 +21,9 @@ def main() -> None:
     uri, key, secret = sys.argv[1:]
     small = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
     with tempfile.TemporaryDirectory(prefix="two-nodes-", ignore_cleanup_errors=True) as folder:
-        head = {**small, "include_dashboard": False, "temp_dir": folder}
+        # with a temp_dir, Cluster's address goes into /tmp/ray, which may not be there
+        os.environ["RAY_TMPDIR"] = folder
+        head = {**small, "include_dashboard": False}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
             cluster.add_node(**small)
