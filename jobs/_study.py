@@ -144,8 +144,12 @@ class News:
 
 
 def _events(path: Path) -> list[dict[str, Any]]:
-    """Without a last line that is not whole yet."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    """Without a last line that is not whole yet; none where the trial has not begun, or begins again just now."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 class TrialLog:
@@ -204,8 +208,7 @@ class TrialLog:
 
     def _rungs(self, name: str) -> list[tuple[int, dict[str, float]]]:
         """What a trial has shown before its last: MLflow, where it was away, has not heard of it."""
-        path = self._folder.root / "progress" / f"{name}.jsonl"
-        events = _events(path) if path.exists() else []
+        events = _events(self._folder.root / "progress" / f"{name}.jsonl")
         return [(event["rung"], _figures(event)) for event in events if event["event"] == "rung"]
 
     def complete(self, trials: Sequence[Trial]) -> None:
