@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from meanet import artifact, engines, onnx_export
@@ -134,6 +135,15 @@ def test_three_in_a_thousand_may_be_lost(model: TrainedModel, wrong: int, kept: 
     assert said["main"]["accuracy_fp32"] == 0.99
     assert said["edge"]["accuracy"] == pytest.approx(0.99 - wrong / 1000)
     assert f"{wrong / 10:.2f} points" in said["reason"]
+
+
+def test_int8_weights_have_seven_bits(exported: Path) -> None:
+    """With eight, processors without VNNI saturate, and answer otherwise than the one that judged."""
+    for name in ("main_int8.onnx", "extension_int8.onnx"):
+        numbers = [onnx.numpy_helper.to_array(one) for one in onnx.load(exported / name).graph.initializer]
+        weights = [one for one in numbers if one.dtype == np.int8 and one.ndim == 4]
+        assert len(weights) >= 2
+        assert max(np.abs(one.astype(np.int16)).max() for one in weights) == 64
 
 
 def test_int8_that_loses_too_much_is_not_kept(
