@@ -64,7 +64,7 @@ class TrainingProgress:
     def _left(self, took: float) -> float:
         """Seconds, where the epochs that were seen took so many."""
         a_mac = min(1 / _MACS_PER_S, took / sum(self._seen))
-        an_epoch = took / len(self._seen) - a_mac * sum(self._seen) / len(self._seen)
+        an_epoch = (took - a_mac * sum(self._seen)) / len(self._seen)
         return sum(
             (count - self._done[phase]) * (an_epoch + a_mac * self._work[phase])
             for phase, count in self._epochs.items()

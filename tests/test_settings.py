@@ -62,3 +62,18 @@ def test_a_budget_keeps_the_bounds_of_thresholds_too() -> None:
     assert narrow.held == narrow.budget
     free = Settings(budget=Budget(cloud_share=0.1))
     assert free.held == free.budget
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"deadline_s": 0}, "deadline_s is 0"),
+        ({"cloud_budget_s": -1.0}, "cloud_budget_s is -1"),
+        ({"breaker_failures": 0}, "breaker_failures is 0"),
+        ({"max_queued": 0}, "max_queued is 0"),
+        ({"reserve_s": 9}, "reserve_s is 9"),
+    ],
+)
+def test_senseless_settings_are_refused(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        Settings(**values)
