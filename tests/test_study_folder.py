@@ -44,13 +44,20 @@ def test_a_slow_store_holds_up_no_line(
         assert answers.wait(60)
         return "run"
 
+    def started(name: str) -> None:
+        line = json.dumps({"trial": name, "event": "start", "params": {"x": 1}})
+        (tmp_path / "progress" / f"{name}.jsonl").write_text(line + "\n")
+
     monkeypatch.setattr(tracker, "start_run", slow)
     (tmp_path / "progress").mkdir()
     with TrialLog(folder, tracker).following():
-        for name in "abc":
-            line = json.dumps({"trial": name, "event": "start", "params": {"x": 1}})
-            (tmp_path / "progress" / f"{name}.jsonl").write_text(line + "\n")
-        said, until = "", time.monotonic() + 30
+        started("a")
+        until = time.monotonic() + 30
+        while not asked and time.monotonic() < until:
+            time.sleep(0.01)
+        started("b")  # while the store is asked for a's run
+        started("c")
+        said = ""
         while said.count("started: x=1") < 3 and time.monotonic() < until:
             time.sleep(0.05)
             said += capsys.readouterr().err
